@@ -1,0 +1,146 @@
+"""Flags that mean the same in every experiment, and how they become library objects."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags, logging
+
+from jaxrl.errors import InputError
+from jaxrl.parallel.mesh import make_mesh
+from jaxrl.training.logps import ComputePolicy
+from jaxrl.training.optimizer import SCHEDULES, OptimizerConfig
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string('run_dir', None, 'Folder of the run; the same command goes on where it stopped.')
+flags.DEFINE_integer('seed', 0, 'Seed of every random draw.', lower_bound=0)
+flags.DEFINE_list('mesh', None, 'Devices as data,fsdp,tensor; default: all on fsdp.')
+flags.DEFINE_enum('compute_dtype', 'bfloat16', ['bfloat16', 'float32'],
+                  'Type of matrix products; parameters stay float32.')
+flags.DEFINE_bool('remat', True, 'Recompute layers in the backward pass to save memory.')
+flags.DEFINE_integer('logp_chunk', 512, 'Target positions whose logits exist at one time, per row.',
+                     lower_bound=1)
+flags.DEFINE_float('learning_rate', 7e-7, 'Peak learning rate.', lower_bound=0.0)
+flags.DEFINE_enum('schedule', 'constant', SCHEDULES, 'Learning rate after the warm-up.')
+flags.DEFINE_integer('warmup_steps', 0, 'Steps of linear warm-up.', lower_bound=0)
+flags.DEFINE_float('weight_decay', 0.0, 'AdamW weight decay on matrices.', lower_bound=0.0)
+flags.DEFINE_float('clip_norm', 1.0, 'Largest global gradient norm.', lower_bound=0.0)
+flags.DEFINE_float('adam_b1', 0.9, 'Adam decay of the mean.', lower_bound=0.0, upper_bound=1.0)
+flags.DEFINE_float('adam_b2', 0.95, 'Adam decay of the square.', lower_bound=0.0, upper_bound=1.0)
+flags.DEFINE_integer('batch_size', 16, 'Rows (pairs, or examples) per optimizer step.',
+                     lower_bound=1)
+flags.DEFINE_integer('micro_batches', 1, 'Parts of a batch computed one after another.',
+                     lower_bound=1)
+flags.DEFINE_list('length_buckets', None,
+                  'Padded lengths in ids, each one compiled program; default: doubling from 128.')
+flags.DEFINE_integer('log_every', 10, 'Steps between log lines.', lower_bound=1)
+flags.DEFINE_integer('save_every', 100, 'Steps between checkpoints.', lower_bound=1)
+
+# Where a run lies and how it looks do not change its results.
+FREE_FLAGS = ('run_dir',)
+
+
+def mesh_from_flags() -> jax.sharding.Mesh:
+  """The mesh of --mesh over all devices."""
+  if FLAGS.mesh is None:
+    return make_mesh()
+  try:
+    data, fsdp, tensor = (int(size) for size in FLAGS.mesh)
+  except ValueError:
+    raise InputError('the mesh cannot be read', where='--mesh',
+                     expected='three whole numbers data,fsdp,tensor',
+                     found=','.join(FLAGS.mesh)) from None
+  return make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def compute_policy() -> ComputePolicy:
+  return ComputePolicy(FLAGS.compute_dtype, FLAGS.logp_chunk, FLAGS.remat)
+
+
+def optimizer_config() -> OptimizerConfig:
+  if FLAGS.learning_rate == 0:
+    raise InputError('nothing would be learned', where='--learning_rate',
+                     expected='a number > 0', found=0)
+  return OptimizerConfig(
+      learning_rate=FLAGS.learning_rate, schedule=FLAGS.schedule, warmup_steps=FLAGS.warmup_steps,
+      b1=FLAGS.adam_b1, b2=FLAGS.adam_b2, weight_decay=FLAGS.weight_decay,
+      clip_norm=FLAGS.clip_norm or None)
+
+
+def length_buckets(longest: int) -> tuple[int, ...]:
+  """Padded lengths that cover rows of `longest` ids.
+
+  Raises:
+    InputError: the given buckets are not whole numbers, or too short.
+  """
+  needed = longest - 1          # inputs are one shorter than the ids
+  if FLAGS.length_buckets is None:
+    lengths = [128]
+    while lengths[-1] < needed:
+      lengths.append(min(2 * lengths[-1], -(-needed // 16) * 16))
+    return tuple(lengths)
+  try:
+    given = tuple(sorted(int(length) for length in FLAGS.length_buckets))
+  except ValueError:
+    raise InputError('the lengths cannot be read', where='--length_buckets',
+                     expected='whole numbers', found=','.join(FLAGS.length_buckets)) from None
+  if not given or given[0] < 1 or given[-1] < needed:
+    raise InputError('the padded lengths do not cover the longest row', where='--length_buckets',
+                     expected=f'a largest length of at least {needed}', found=given)
+  return given
+
+
+def numbers(name: str, count: int) -> list[float]:
+  """A list flag as one number per iteration; the last one repeats.
+
+  Raises:
+    InputError: not numbers, none, or more than there are iterations (the rest would do nothing).
+  """
+  texts = FLAGS[name].value
+  try:
+    values = [float(text) for text in texts]
+  except ValueError:
+    raise InputError('not a list of numbers', where=f'--{name}', found=','.join(texts)) from None
+  if not values or len(values) > count:
+    raise InputError('the list does not fit the number of iterations', where=f'--{name}',
+                     expected=f'1 to {count} numbers', found=len(values))
+  return values + [values[-1]] * (count - len(values))
+
+
+def effective_flags(*modules) -> dict[str, str]:
+  """Every flag of these modules as the text a flag file holds; unset ones are left out."""
+  effective = {}
+  for module in modules:
+    for flag in FLAGS.get_flags_for_module(module):
+      if flag.value is not None:
+        text = str(flag.value).lower() if flag.boolean else flag.serialize().partition('=')[2]
+        effective[flag.name] = text
+  return effective
+
+
+def refuse(condition: bool, flag: str, why: str) -> None:
+  """Raises InputError for a flag that the others leave without effect."""
+  if condition:
+    raise InputError('the flag would have no effect', where=f'--{flag}', found=why,
+                     fix='Leave it out')
+
+
+def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -> None:
+  """`app.run` that prints an InputError as one sentence and exits with status 2."""
+
+  def guarded(argv):
+    if not FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)   # libraries log every file they touch at INFO
+    try:
+      main(argv)
+    except InputError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(2)
+
+  if parser is None:
+    app.run(guarded)
+  else:
+    app.run(guarded, flags_parser=parser)

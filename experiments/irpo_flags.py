@@ -1,0 +1,127 @@
+"""Flags of IRPO, checked together and turned into the library's dataclasses before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from absl import flags
+
+from experiments import common_flags, data_flags, world
+from jaxrl.errors import InputError
+from jaxrl.preferences.irpo import GOLD_POLICIES
+from jaxrl.rewards.checking import AnswerRule
+from jaxrl.sampling.requests import SamplingConfig
+
+FLAGS = flags.FLAGS
+WORLD_FLAGS = Path(__file__).parent / 'flags' / 'irpo_world.flags'
+
+flags.DEFINE_string('model', None, 'Hugging Face folder to start from; none: the embedded world.')
+flags.DEFINE_integer('iterations', 3, 'Iterations.', lower_bound=1)
+flags.DEFINE_integer('samples_per_prompt', 8, 'Responses drawn per training prompt (N).',
+                     lower_bound=1)
+flags.DEFINE_list('temperature', ['0.8'], 'Sampling temperature per iteration; the last repeats.')
+flags.DEFINE_float('top_p', 1.0, 'Nucleus of the training samples; 1 keeps everything.')
+flags.DEFINE_integer('max_new_tokens', 512, 'Longest response, in ids.', lower_bound=1)
+flags.DEFINE_integer('max_prompt_length', 512, 'Longest prompt, in ids.', lower_bound=1)
+flags.DEFINE_enum('over_length', 'error', ['error', 'drop'], 'What to do with longer prompts.')
+flags.DEFINE_integer('pairs_per_prompt', 10, 'Pairs per prompt (K).', lower_bound=1)
+flags.DEFINE_integer('max_pairs', None, 'Most pairs per iteration; default: no cap.', lower_bound=1)
+flags.DEFINE_bool('dedup', False, 'Keep each pair of a prompt once.')
+flags.DEFINE_enum('gold_in_winners', 'never', GOLD_POLICIES,
+                  'When the worked gold solution counts as a winner.')
+flags.DEFINE_float('beta', 0.1, 'DPO beta.')
+flags.DEFINE_float('nll_alpha', 1.0, 'Weight of the NLL of chosen responses; 0 is plain DPO.',
+                   lower_bound=0.0)
+flags.DEFINE_enum('nll_reduction', 'seq', ['seq', 'token', 'sum'],
+                  'NLL per sequence mean (the paper), batch token mean, or sum.')
+flags.DEFINE_integer('max_steps', None, 'Most training steps per iteration.', lower_bound=1)
+flags.DEFINE_float('epochs', 1.0, 'Passes over the pairs, unless --max_steps ends earlier.',
+                   lower_bound=0.0)
+flags.DEFINE_integer('votes', 8, 'Samples per held-out problem for the majority vote; 0: none.',
+                     lower_bound=0)
+flags.DEFINE_float('vote_temperature', 0.8, 'Temperature of the vote.', lower_bound=0.0)
+flags.DEFINE_integer('slots', 256, 'Responses decoded together.', lower_bound=1)
+flags.DEFINE_integer('part_prompts', 256, 'Prompts per part of the sample stage; a kill loses '
+                     'at most one part.', lower_bound=1)
+flags.DEFINE_integer('score_batch', 32, 'Responses per batch of the reference stage.',
+                     lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class IrpoConfig:
+  """Pang et al. 2024: what one run does, apart from model, data and devices."""
+
+  iterations: int
+  samples_per_prompt: int
+  temperatures: tuple[float, ...]
+  loss: str
+  loss_options: dict
+  sampling: SamplingConfig
+  rule: AnswerRule
+  epochs: float
+  max_steps: int | None
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags; without --model the settings of the embedded world come first."""
+  given = FLAGS.read_flags_from_files(argv[1:])
+  has_model = any(a.lstrip('-').split('=')[0] == 'model' for a in given)
+  defaults = [] if has_model else [f'--flagfile={WORLD_FLAGS}']
+  return FLAGS([argv[0], *defaults, *given])
+
+
+def check() -> IrpoConfig:
+  """The configuration.
+
+  Raises:
+    InputError: a value out of range, or a flag that the others leave without effect.
+  """
+  on_world = FLAGS.model is None
+  refuse = common_flags.refuse
+  if on_world:
+    world.check_flags()
+    for name in ('train', 'test', 'prompt_field', 'answer_field', 'id_field', 'template'):
+      refuse(FLAGS[name].value is not None, name, 'the embedded world has its own problems')
+    refuse(FLAGS.task != 'world', 'task', 'the embedded world has its own task')
+  else:
+    for flag in FLAGS.get_flags_for_module(world):
+      refuse(flag.present > 0, flag.name, '--model is given, so there is no embedded world')
+    for name in ('train', 'test'):
+      if FLAGS[name].value is None:
+        raise InputError('a model needs problems', where=f'--{name}', expected='a file',
+                         found='none')
+  refuse(FLAGS.votes == 0 and FLAGS['vote_temperature'].present > 0, 'vote_temperature',
+         '--votes=0')
+  refuse(FLAGS.nll_alpha == 0 and FLAGS.nll_reduction != 'seq', 'nll_reduction', '--nll_alpha=0')
+  if FLAGS.beta <= 0:
+    raise InputError('beta out of range', where='--beta', expected='a number > 0', found=FLAGS.beta)
+  if FLAGS.epochs <= 0:
+    raise InputError('there is nothing to train', where='--epochs', expected='a number > 0',
+                     found=FLAGS.epochs)
+  if FLAGS.samples_per_prompt < 2 and FLAGS.gold_in_winners == 'never':
+    raise InputError('one sample per prompt gives no pairs', where='--samples_per_prompt',
+                     expected='at least 2, or --gold_in_winners', found=FLAGS.samples_per_prompt)
+  temperatures = tuple(common_flags.numbers('temperature', FLAGS.iterations))
+  if min(temperatures) <= 0:
+    raise InputError('all samples of a prompt would be the same', where='--temperature',
+                     expected='numbers > 0', found=temperatures)
+  # alpha = 0 leaves no NLL term at all: the loss is plain DPO, not DPO plus a zero.
+  loss = 'irpo' if FLAGS.nll_alpha else 'dpo'
+  options = {'beta': FLAGS.beta}
+  if loss == 'irpo':
+    options |= {'alpha': FLAGS.nll_alpha, 'nll_reduction': FLAGS.nll_reduction}
+  common_flags.optimizer_config()
+  return IrpoConfig(
+      iterations=FLAGS.iterations, samples_per_prompt=FLAGS.samples_per_prompt,
+      temperatures=temperatures, loss=loss, loss_options=options,
+      sampling=SamplingConfig(FLAGS.max_new_tokens, top_p=FLAGS.top_p),
+      rule=data_flags.answer_rule(), epochs=FLAGS.epochs, max_steps=FLAGS.max_steps)
+
+
+def effective() -> dict[str, str]:
+  """Flags for the run folder; those of the embedded world only where it is used."""
+  modules = [common_flags, data_flags, __import__(__name__, fromlist=['_'])]
+  if FLAGS.model is None:
+    modules.append(world)
+  return common_flags.effective_flags(*modules)

@@ -1,0 +1,185 @@
+"""The embedded world as a command: `python -m experiments.world --output=DIR` writes its problems.
+
+Also the first two stages of an experiment that was given no model: the problems, and a tiny seed
+model trained on written-out solutions until its greedy accuracy on dev problems reaches a target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+from absl import flags
+from etils import epath
+
+from experiments import common_flags
+from jaxrl.data.batches import TokenRow, sequence_arrays, shuffled_batches
+from jaxrl.data.readers import read_problems
+from jaxrl.data.tasks import TASKS
+from jaxrl.data.world import SPLITS, problems
+from jaxrl.errors import InputError
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.hugging_face import save_model
+from jaxrl.models.params import init_params, param_shardings
+from jaxrl.runs.evaluation_stage import summarise
+from jaxrl.runs.sample_stage import Draws, draw_rows
+from jaxrl.runs.score_stage import check_rows
+from jaxrl.runs.session import TRAIN_STREAM, Session, load_model
+from jaxrl.runs.stages import Run
+from jaxrl.runs.train_stage import make_trainer, train_stage
+from jaxrl.sampling.engine import Engine, rollout_params
+from jaxrl.tokens.prompts import Message, prompt_ids
+from jaxrl.tokens.tiny import write_tokenizer
+from jaxrl.tokens.tokenizer import response_ids
+from jaxrl.training.loop import LoopConfig
+from jaxrl.training.optimizer import OptimizerConfig
+from jaxrl.training.step import sft_objective
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer('world_sft', 12_000, 'Worked solutions that the seed model is trained on.',
+                     lower_bound=1)
+flags.DEFINE_integer('world_train', 600, 'Training problems; only their final answers are used.',
+                     lower_bound=1)
+flags.DEFINE_integer('world_dev', 200, 'Problems that decide when the seed is good enough.',
+                     lower_bound=1)
+flags.DEFINE_integer('world_test', 400, 'Held-out problems.', lower_bound=1)
+flags.DEFINE_integer('world_min_steps', 2, 'Fewest operations in a problem.', lower_bound=1)
+flags.DEFINE_integer('world_max_steps', 4, 'Most operations in a problem.', lower_bound=1)
+flags.DEFINE_float('seed_accuracy', 0.4, 'Greedy dev accuracy at which the seed stops training.',
+                   lower_bound=0.0, upper_bound=1.0)
+flags.DEFINE_integer('seed_max_steps', 600, 'Most steps of the seed.', lower_bound=1)
+flags.DEFINE_integer('seed_check_every', 20, 'Steps between looks at its accuracy.', lower_bound=1)
+flags.DEFINE_float('seed_learning_rate', 2e-3, 'Learning rate of the seed.', lower_bound=0.0)
+flags.DEFINE_integer('seed_batch_size', 64, 'Examples per step of the seed.', lower_bound=1)
+
+VOCABULARY = 400
+FILES = tuple(f'world/{split}.jsonl' for split in SPLITS)
+
+
+def tiny_config(vocab_size: int) -> ModelConfig:
+  """About 0.8M parameters; everything a Llama has, small."""
+  return ModelConfig(
+      family='llama', vocab_size=vocab_size, d_model=128, n_layers=4, n_heads=4, n_kv=2, d_head=32,
+      d_mlp=384, max_length=256, tie_embeddings=True)
+
+
+def write_world(folder: epath.Path, seed: int) -> dict:
+  """Writes SPLIT.jsonl (id, question, answer; `solution` in sft only) and `start/`.
+
+  `start/` is a Hugging Face folder with the tiny tokenizer and random weights.
+  """
+  counts = {}
+  texts: list[str] = []
+  for split in SPLITS:
+    made = list(problems(
+        split, FLAGS[f'world_{split}'].value, seed=seed, min_steps=FLAGS.world_min_steps,
+        max_steps=FLAGS.world_max_steps))
+    rows = []
+    for p in made:
+      row = {'id': p.id, 'question': p.question, 'answer': str(p.answer)}
+      if split == 'sft':        # elsewhere the reasoning is not even on disk
+        row['solution'] = p.reasoning
+        texts += [p.question, p.reasoning]
+      rows.append(json.dumps(row))
+    (folder / f'{split}.jsonl').write_text('\n'.join(rows) + '\n')
+    counts[split] = len(made)
+  tokenizer = folder / 'tokenizer.partial'
+  config = tiny_config(write_tokenizer(tokenizer, texts[:4000], vocab_size=VOCABULARY))
+  start = folder / 'start'
+  if start.exists():
+    start.rmtree()
+  save_model(start, init_params(jax.random.key(seed), config), config, tokenizer_from=tokenizer)
+  return counts
+
+
+def world_stage(run: Run, seed: int) -> epath.Path:
+  """Stage 'world/problems'; returns the folder with the problems and the untrained model."""
+  outputs = (*FILES, 'world/start')
+  run.stage('world/problems', outputs, lambda scratch: write_world(scratch, seed))
+  for output in outputs:
+    run.path('world/problems', output)
+  return run.folder / 'world'
+
+
+def seed_rows(session: Session, world: epath.Path) -> list[TokenRow]:
+  """Prompt and solution ids of the SFT problems."""
+  rows = []
+  for line in (world / 'sft.jsonl').read_text().splitlines():
+    row = json.loads(line)
+    prompt = prompt_ids(session.tokenizer, (Message('user', row['question']),))
+    rows.append(TokenRow(prompt, response_ids(session.tokenizer, row['solution'], ends=True)))
+  return rows
+
+
+def seed_stage(
+    session: Session, world: epath.Path, engine: Engine, rule, dev_prompts, lengths
+) -> epath.Path:
+  """Stage 'seed/train': SFT until the dev accuracy is reached; returns the model folder.
+
+  Raises:
+    InputError: the accuracy was not reached within --seed_max_steps.
+  """
+  start = load_model(session, world / 'start')
+  rows = seed_rows(session, world)
+  dev = {p.prompt_id: p for p in read_problems(world / 'dev.jsonl', TASKS['world'])}
+  optimizer = OptimizerConfig(FLAGS.seed_learning_rate, warmup_steps=20)
+  trainer = make_trainer(sft_objective(session.model, session.compute), optimizer, 1)
+  every, limit = FLAGS.seed_check_every, FLAGS.seed_max_steps
+
+  def stop(step: int, params: dict) -> bool:
+    whole = rollout_params(params, session.mesh, engine.config.dtype)
+    with session.progress.stage(f'seed: dev at step {step}', len(dev_prompts), 'samples') as bar:
+      drawn = draw_rows(session, engine, whole, dev_prompts, Draws(1, 0.0, 0, 0), bar)
+    numbers = summarise([
+        row | check | {'kind': 'greedy', 'length': len(row['response_ids'])}
+        for row, check in zip(drawn, check_rows(drawn, dev, rule), strict=True)])
+    session.metrics.rewind(0, 'seed', step - 1)
+    session.metrics.write(0, 'seed', step, numbers)
+    session.metrics.sync()
+    accuracy = numbers['greedy_accuracy']
+    session.progress.line(f'  seed: greedy dev accuracy {accuracy:.3f} at step {step}')
+    if step >= limit and accuracy < FLAGS.seed_accuracy:
+      raise InputError(
+          'the seed model did not reach its accuracy', where='--seed_max_steps',
+          expected=f'{FLAGS.seed_accuracy} on dev problems by step {limit}', found=accuracy,
+          fix='Raise --seed_max_steps, or lower --seed_accuracy or --world_max_steps')
+    return accuracy >= FLAGS.seed_accuracy
+
+  batches = shuffled_batches(
+      rows, batch_size=FLAGS.seed_batch_size, seed=session.stream_seed(0, TRAIN_STREAM),
+      collate=functools.partial(sequence_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
+  # One step past the limit: `stop` is asked at the limit, and ends or refuses there.
+  train_stage(
+      session, 'seed/train', 0, start, trainer, batches,
+      LoopConfig(steps=limit + 1, log_every=every, save_every=every), stop=stop)
+  return session.run.path('seed/train', 'seed/model')
+
+
+def check_flags() -> None:
+  """Raises InputError for flags of the world that contradict each other."""
+  if FLAGS.world_min_steps > FLAGS.world_max_steps:
+    raise InputError('no problem has so many operations', where='--world_min_steps',
+                     expected=f'at most --world_max_steps={FLAGS.world_max_steps}',
+                     found=FLAGS.world_min_steps)
+  if FLAGS.seed_max_steps % FLAGS.seed_check_every:
+    raise InputError('the last step must be a look', where='--seed_max_steps',
+                     expected=f'a multiple of --seed_check_every={FLAGS.seed_check_every}',
+                     found=FLAGS.seed_max_steps)
+
+
+def main(argv) -> None:
+  if FLAGS.output is None:
+    raise InputError('no folder given', where='--output', expected='where to write the world')
+  del argv
+  check_flags()
+  folder = epath.Path(FLAGS.output)
+  folder.mkdir(parents=True, exist_ok=True)
+  counts = write_world(folder, FLAGS.seed)
+  print(', '.join(f'{split} {count}' for split, count in counts.items()), 'problems in', folder)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_string('output', None, 'Folder to write the problems and the untrained model to.')
+  common_flags.run(main)

@@ -1,0 +1,103 @@
+"""Rows of ids to static-shape batches; batch k is a pure function of (seed, k).
+
+A row is a sequence of ids with a span of response ids at its end. Masks come from that span, never
+from comparing ids with pad or EOS, so the loss does not change with the pad id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import grain
+import numpy as np
+
+from jaxrl.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRow:
+  """One prompt and one response; ids are concatenated, never re-tokenised."""
+
+  prompt_ids: Sequence[int]
+  response_ids: Sequence[int]
+
+  def __len__(self) -> int:
+    return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """One preference pair with the reference's per-token log-probs of both responses."""
+
+  chosen: TokenRow
+  rejected: TokenRow
+  chosen_ref: Sequence[float]
+  rejected_ref: Sequence[float]
+  weight: float = 1.0
+
+
+Batch = dict[str, np.ndarray]
+
+
+def buckets(lengths: Sequence[int], *, count: int, multiple: int) -> tuple[int, ...]:
+  """At most `count` padded lengths that cover `lengths`, at even quantiles, each a `multiple`.
+
+  Few lengths mean few compiled programs; a row is padded to the smallest that holds it.
+  """
+  if not len(lengths):
+    raise InputError('there are no rows to batch', where='batches', expected='at least one row')
+  quantiles = np.quantile(np.asarray(lengths), np.linspace(0, 1, count + 1)[1:], method='higher')
+  return tuple(sorted({int(-(-q // multiple) * multiple) for q in quantiles}))
+
+
+def _pad_to(sequences: Sequence[TokenRow], lengths: Sequence[int]) -> int:
+  """The smallest padded length that holds every row; inputs are one shorter than the ids."""
+  longest = max(len(s) for s in sequences) - 1
+  for length in sorted(lengths):
+    if length >= longest:
+      return length
+  raise InputError(
+      'a row is longer than every padded length', where='batches',
+      expected=f'at most {max(lengths) + 1} ids', found=f'{longest + 1} ids')
+
+
+def sequence_arrays(sequences: Sequence[TokenRow], lengths: Sequence[int], pad_id: int) -> Batch:
+  """`inputs`, `targets` int32 and `mask` bool, all [B, T].
+
+  Entry t of `targets` follows entry t of `inputs`; `mask` is True where the target is a response id.
+  """
+  t = _pad_to(sequences, lengths)
+  inputs = np.full((len(sequences), t), pad_id, np.int32)
+  targets = np.full((len(sequences), t), pad_id, np.int32)
+  mask = np.zeros((len(sequences), t), bool)
+  for row, s in enumerate(sequences):
+    ids = np.asarray([*s.prompt_ids, *s.response_ids], np.int32)
+    inputs[row, :len(ids) - 1] = ids[:-1]
+    targets[row, :len(ids) - 1] = ids[1:]
+    mask[row, len(s.prompt_ids) - 1:len(ids) - 1] = True
+  return {'inputs': inputs, 'targets': targets, 'mask': mask}
+
+
+def pair_arrays(pairs: Sequence[Pair], lengths: Sequence[int], pad_id: int) -> Batch:
+  """Arrays of `sequence_arrays` as [P, 2, T] (0 chosen, 1 rejected), `ref_logps` and `weights`."""
+  sequences = [s for p in pairs for s in (p.chosen, p.rejected)]
+  arrays = sequence_arrays(sequences, lengths, pad_id)
+  ref = np.zeros(arrays['mask'].shape, np.float32)
+  ref[arrays['mask']] = np.concatenate(
+      [np.asarray(x, np.float32) for p in pairs for x in (p.chosen_ref, p.rejected_ref)])
+  arrays['ref_logps'] = ref
+  arrays = {key: x.reshape(len(pairs), 2, -1) for key, x in arrays.items()}
+  return arrays | {'weights': np.asarray([p.weight for p in pairs], np.float32)}
+
+
+def shuffled_batches(
+    rows: Sequence, *, batch_size: int, seed: int, collate: Callable[[Sequence], Batch]
+) -> grain.MapDataset:
+  """An endless dataset of batches: index k gives the batch of step k, whatever came before.
+
+  Epochs follow each other without a gap and are shuffled differently.
+  """
+  return (
+      grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+      .batch(batch_size, batch_fn=collate))

@@ -1,0 +1,49 @@
+"""Intervals that say what a difference means, from scipy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A value with its 95% interval, in the unit of the data."""
+
+  value: float
+  low: float
+  high: float
+
+
+def proportion(successes: int, n: int) -> Estimate:
+  """Share of successes with the Wilson score interval; 0 with [0, 1] for n = 0."""
+  if n == 0:
+    return Estimate(0.0, 0.0, 1.0)
+  interval = stats.binomtest(successes, n).proportion_ci(0.95, method='wilson')
+  return Estimate(successes / n, float(interval.low), float(interval.high))
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
+  """mean(after) - mean(before) over the same items, with a t interval of the differences.
+
+  Raises:
+    ValueError: the two differ in length or hold fewer than two items.
+  """
+  if len(before) != len(after) or len(before) < 2:
+    raise ValueError(f'need two equally long lists of at least 2; found {len(before)}, {len(after)}')
+  difference = np.asarray(after, float) - np.asarray(before, float)
+  mean, error = float(difference.mean()), float(stats.sem(difference))
+  if error == 0:
+    return Estimate(mean, mean, mean)
+  low, high = stats.t.interval(0.95, len(difference) - 1, loc=mean, scale=error)
+  return Estimate(mean, float(low), float(high))
+
+
+def mean_over_seeds(values: Sequence[float]) -> Estimate:
+  """Mean of one figure over independent seeds with a t interval; needs at least two."""
+  mean, error = float(np.mean(values)), float(stats.sem(values))
+  low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error) if error else (mean, mean)
+  return Estimate(mean, float(low), float(high))

@@ -1,0 +1,113 @@
+"""The tree of parameter descriptions; everything else about parameters is derived from it.
+
+Initialisation, shardings, abstract shapes for restore and checkpoint names all read
+`decoder_specs`, so a weight is described once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrl.models.config import ModelConfig
+from jaxrl.parallel import sharding
+
+Params = dict  # nested dict of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+  """One weight: its shape, the logical name of each dimension, and how it starts."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]         # logical names, one per dimension
+  init: str = 'normal'                 # 'normal' (std of the config) or 'ones'
+
+
+def is_spec(x) -> bool:
+  return isinstance(x, ParamSpec)
+
+
+def layer_specs(c: ModelConfig) -> dict[str, ParamSpec]:
+  """Weights of one layer, without the leading layer axis."""
+  return {
+      'attention_norm': ParamSpec((c.d_model,), ('embed',), 'ones'),
+      'q': ParamSpec((c.d_model, c.n_heads, c.d_head), ('embed', 'heads', None)),
+      'k': ParamSpec((c.d_model, c.n_kv, c.d_head), ('embed', 'kv', None)),
+      'v': ParamSpec((c.d_model, c.n_kv, c.d_head), ('embed', 'kv', None)),
+      'o': ParamSpec((c.n_heads, c.d_head, c.d_model), ('heads', None, 'embed')),
+      'mlp_norm': ParamSpec((c.d_model,), ('embed',), 'ones'),
+      'gate': ParamSpec((c.d_model, c.d_mlp), ('embed', 'mlp')),
+      'up': ParamSpec((c.d_model, c.d_mlp), ('embed', 'mlp')),
+      'down': ParamSpec((c.d_mlp, c.d_model), ('mlp', 'embed')),
+  }
+
+
+def decoder_specs(c: ModelConfig) -> dict:
+  """The whole model; layers are stacked on a leading axis."""
+  stacked = {
+      name: ParamSpec((c.n_layers, *s.shape), ('layers', *s.axes), s.init)
+      for name, s in layer_specs(c).items()
+  }
+  specs = {
+      'embedding': ParamSpec((c.vocab_size, c.d_model), ('vocab', 'embed')),
+      'layers': stacked,
+      'final_norm': ParamSpec((c.d_model,), ('embed',), 'ones'),
+  }
+  if not c.tie_embeddings:
+    specs['head'] = ParamSpec((c.d_model, c.vocab_size), ('embed', 'vocab'))
+  return specs
+
+
+def axes_of(specs: dict) -> dict:
+  """The logical names alone, as a tree with tuples at the leaves' places."""
+  return jax.tree.map(lambda s: s.axes, specs, is_leaf=is_spec)
+
+
+def init_params(key: jax.Array, c: ModelConfig, dtype=jnp.float32) -> Params:
+  """Random parameters; the projections into the residual stream start smaller by sqrt(2 L)."""
+  specs = decoder_specs(c)
+  paths, treedef = jax.tree.flatten_with_path(specs, is_leaf=is_spec)
+  leaves = []
+  for n, (path, s) in enumerate(paths):
+    if s.init == 'ones':
+      leaves.append(jnp.ones(s.shape, dtype))
+      continue
+    into_residual = path[-1].key in ('o', 'down')
+    std = c.init_std / math.sqrt(2 * c.n_layers) if into_residual else c.init_std
+    leaves.append(std * jax.random.normal(jax.random.fold_in(key, n), s.shape, dtype))
+  return jax.tree.unflatten(treedef, leaves)
+
+
+def param_shardings(c: ModelConfig, mesh: Mesh) -> dict:
+  """Where each parameter rests on `mesh`."""
+  return jax.tree.map(lambda s: sharding.stored(mesh, s.axes), decoder_specs(c), is_leaf=is_spec)
+
+
+def abstract_params(c: ModelConfig, mesh: Mesh, dtype=jnp.float32) -> dict:
+  """Shapes, dtype and shardings, for restoring without an initialised model."""
+  return jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding.stored(mesh, s.axes)),
+      decoder_specs(c), is_leaf=is_spec)
+
+
+def count_params(c: ModelConfig) -> int:
+  leaves = jax.tree.leaves(decoder_specs(c), is_leaf=is_spec)
+  return sum(math.prod(s.shape) for s in leaves)
+
+
+def identity(params: Params) -> str:
+  """Hex digest of names, shapes, dtypes and bytes: the same values always give the same string."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(
+      (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)):
+    array = np.asarray(leaf)
+    digest.update(f'{path} {array.shape} {array.dtype}\n'.encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+  return digest.hexdigest()[:32]

@@ -1,0 +1,84 @@
+"""Logical axis names and the tables that map them to mesh axes.
+
+Model code names what a dimension is ('batch', 'heads', ...); only this file knows mesh axes.
+Parameters rest in the STORED layout (split over fsdp) and are gathered, one layer at a time inside
+the scan, into the GATHERED layout; the transpose of that gather is the reduce-scatter of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+STORED: Rules = {
+    'layers': None,
+    'embed': 'fsdp',
+    'heads': 'tensor',
+    'kv': 'tensor',
+    'mlp': 'tensor',
+    'vocab': None,
+}
+GATHERED: Rules = {**STORED, 'embed': None}
+ACTIVATION: Rules = {
+    'batch': ('data', 'fsdp'),
+    'length': None,
+    'embed': None,
+    'heads': 'tensor',
+    'kv': 'tensor',
+    'mlp': 'tensor',
+    'vocab': None,
+}
+# Decoding keeps whole parameters on every device and gives each device its own slots.
+ROLLOUT_SLOTS: tuple[str, ...] = ('data', 'fsdp', 'tensor')
+
+
+def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+  """The partition of an array whose dimensions have these logical names."""
+  return PartitionSpec(*(rules[name] if name else None for name in names))
+
+
+def _explicit_mesh() -> bool:
+  """True inside `jax.set_mesh` with Explicit axes; False without a mesh and inside shard_map."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and all(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
+
+
+def shard(x: jax.Array, *names: str | None, rules: Rules = ACTIVATION) -> jax.Array:
+  """Lays `x` out by logical axis names; does nothing when no mesh is set."""
+  assert x.ndim == len(names), (x.shape, names)
+  if not _explicit_mesh():
+    return x
+  return jax.sharding.reshard(x, spec(names, rules))
+
+
+def gather(tree, axes):
+  """Lays a tree of parameters out for compute; `axes` holds the logical names of each leaf."""
+  return jax.tree.map(lambda x, names: shard(x, *names, rules=GATHERED), tree, axes)
+
+
+def contract(pattern: str, x: jax.Array, w: jax.Array, *names: str | None, **kwargs) -> jax.Array:
+  """einsum whose result is laid out by `names`; sums over a split dimension are reduced here."""
+  out = spec(names, ACTIVATION) if _explicit_mesh() else None
+  return jnp.einsum(pattern, x, w, out_sharding=out, **kwargs)
+
+
+def look_up(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
+  """table[ids] laid out by `names`."""
+  if not _explicit_mesh():
+    return table[ids]
+  return table.at[ids].get(out_sharding=spec(names, ACTIVATION))
+
+
+def stored(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:
+  """Where a parameter rests between steps."""
+  return NamedSharding(mesh, spec(names, STORED))
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, ndim: int) -> NamedSharding:
+  """Rows over every device of the data and fsdp axes."""
+  return NamedSharding(mesh, PartitionSpec(ACTIVATION['batch'], *([None] * (ndim - 1))))

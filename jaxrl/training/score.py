@@ -1,0 +1,56 @@
+"""Log-probs of stored responses under a frozen model: references, and the sampler's check."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxrl.data.batches import TokenRow, sequence_arrays
+from jaxrl.models.config import ModelConfig
+from jaxrl.parallel.sharding import batch_sharding
+from jaxrl.training.logps import ComputePolicy, target_logps
+
+
+def score_rows(
+    params: dict,
+    rows: Sequence[TokenRow],
+    c: ModelConfig,
+    policy: ComputePolicy,
+    *,
+    mesh: jax.sharding.Mesh,
+    lengths: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+    on_rows: Callable[[int], None] = lambda n: None,
+) -> list[np.ndarray]:
+  """Per row the log-prob of each response id, float32, in the order of `rows`.
+
+  Rows are sorted by length inside, so that a batch pads little. `lengths` are the padded lengths
+  allowed, each one compiled program.
+  """
+  fn = jax.jit(functools.partial(target_logps, c=c, policy=policy))
+  order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+  out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+  for start in range(0, len(order), batch_size):
+    group = order[start:start + batch_size]
+    filled = group + [group[-1]] * (batch_size - len(group))   # repeats are computed, not kept
+    batch = sequence_arrays([rows[n] for n in filled], lengths, pad_id)
+    inputs, targets = (
+        jax.device_put(batch[key], batch_sharding(mesh, 2)) for key in ('inputs', 'targets'))
+    logps = np.asarray(fn(params, inputs, targets))
+    for row, n in enumerate(group):
+      out[n] = logps[row][batch['mask'][row]]
+    on_rows(len(group))
+  return out
+
+
+def identity(params_identity: str, rows: Sequence[TokenRow], policy: ComputePolicy) -> str:
+  """Hex digest of everything stored log-probs depend on: parameters, ids, spans, compute dtype."""
+  digest = hashlib.sha256(f'{params_identity} {policy.dtype}\n'.encode())
+  for row in rows:
+    digest.update(np.asarray([len(row.prompt_ids), *row.prompt_ids, *row.response_ids], '<i4').tobytes())
+  return digest.hexdigest()[:32]

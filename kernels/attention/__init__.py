@@ -1,0 +1,48 @@
+"""Attention operations. Each takes `impl=None | name`; what an implementation cannot honour raises."""
+
+from __future__ import annotations
+
+import jax
+
+from kernels.attention import ref
+
+IMPLEMENTATIONS = {'ref': ref.attention}
+DECODE_IMPLEMENTATIONS = {'ref': ref.decode_attention}
+
+
+def _pick(table, impl):
+  name = 'ref' if impl is None else impl
+  if name not in table:
+    raise ValueError(f'unknown attention implementation {name!r}; known: {sorted(table)}')
+  return table[name]
+
+
+def attention(
+    q: jax.Array,             # [B, T, N, H]
+    k: jax.Array,             # [B, S, K, H]
+    v: jax.Array,             # [B, S, K, H]
+    *,
+    q_positions: jax.Array,   # [B, T] int32
+    k_positions: jax.Array,   # [B, S] int32
+    q_segments: jax.Array | None = None,   # [B, T] int32
+    k_segments: jax.Array | None = None,   # [B, S] int32
+    scale: float,
+    impl: str | None = None,
+) -> jax.Array:               # [B, T, N, H]
+  """Causal grouped-query attention; see `ref.attention`, which defines it."""
+  return _pick(IMPLEMENTATIONS, impl)(
+      q, k, v, q_positions=q_positions, k_positions=k_positions,
+      q_segments=q_segments, k_segments=k_segments, scale=scale)
+
+
+def decode_attention(
+    q: jax.Array,             # [R, N, H]
+    k: jax.Array,             # [R, S, K, H]
+    v: jax.Array,             # [R, S, K, H]
+    *,
+    lengths: jax.Array,       # [R] int32, keys that are live
+    scale: float,
+    impl: str | None = None,
+) -> jax.Array:               # [R, N, H]
+  """One new token per slot over its cache; see `ref.decode_attention`, which defines it."""
+  return _pick(DECODE_IMPLEMENTATIONS, impl)(q, k, v, lengths=lengths, scale=scale)

@@ -1,0 +1,62 @@
+"""Plain-jnp attention: the definition every kernel is tested against."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def _softmax(scores: jax.Array, keep: jax.Array) -> jax.Array:
+  """Softmax over the last axis of float32 scores; a row with nothing to see gives zeros."""
+  scores = jnp.where(keep, scores, -jnp.inf)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return weights / jnp.where(total > 0, total, 1.0)
+
+
+def attention(
+    q: jax.Array,             # [B, T, N, H]
+    k: jax.Array,             # [B, S, K, H]
+    v: jax.Array,             # [B, S, K, H]
+    *,
+    q_positions: jax.Array,   # [B, T] int32
+    k_positions: jax.Array,   # [B, S] int32
+    q_segments: jax.Array | None = None,   # [B, T] int32
+    k_segments: jax.Array | None = None,   # [B, S] int32
+    scale: float,
+) -> jax.Array:               # [B, T, N, H]
+  """softmax(scale * q k^T) v over keys at positions <= the query's, in the same segment.
+
+  Query head n reads key head n // (N / K). Scores and softmax are float32.
+  """
+  if (q_segments is None) != (k_segments is None):
+    raise ValueError('q_segments and k_segments go together; one of them is None')
+  b, t, n, h = q.shape
+  groups = k.shape[2]
+  q = q.reshape(b, t, groups, n // groups, h)
+  scores = jnp.einsum('btkgh,bskh->bkgts', q, k, preferred_element_type=jnp.float32) * scale
+  keep = k_positions[:, None, :] <= q_positions[:, :, None]               # [B, T, S]
+  if q_segments is not None:
+    keep &= q_segments[:, :, None] == k_segments[:, None, :]
+  weights = _softmax(scores, keep[:, None, None]).astype(v.dtype)
+  out = jnp.einsum('bkgts,bskh->btkgh', weights, v)
+  return out.reshape(b, t, n, h)
+
+
+def decode_attention(
+    q: jax.Array,             # [R, N, H]
+    k: jax.Array,             # [R, S, K, H]
+    v: jax.Array,             # [R, S, K, H]
+    *,
+    lengths: jax.Array,       # [R] int32, keys that are live
+    scale: float,
+) -> jax.Array:               # [R, N, H]
+  """softmax(scale * q k^T) v over the first `lengths[r]` keys of slot r."""
+  r, n, h = q.shape
+  groups = k.shape[2]
+  q = q.reshape(r, groups, n // groups, h)
+  scores = jnp.einsum('rkgh,rskh->rkgs', q, k, preferred_element_type=jnp.float32) * scale
+  keep = jnp.arange(k.shape[1], dtype=jnp.int32)[None] < lengths[:, None]  # [R, S]
+  weights = _softmax(scores, keep[:, None, None]).astype(v.dtype)
+  return jnp.einsum('rkgs,rskh->rkgh', weights, v).reshape(r, n, h)

@@ -1,0 +1,6 @@
+"""Where the real records lie; tests that need them skip only where the folder is absent."""
+
+import os
+from pathlib import Path
+
+SHARED = Path(os.environ.get('JAXRL_SHARED', Path(__file__).resolve().parents[2] / 'shared')) / 'data'
