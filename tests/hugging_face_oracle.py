@@ -6,10 +6,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 import transformers
 
 from jaxrl.models import decoder
+
+torch = pytest.importorskip('torch', reason='transformers needs PyTorch for its forward pass')
 
 torch.set_num_threads(1)               # the models are too small to share
 transformers.utils.logging.disable_progress_bar()

@@ -39,7 +39,7 @@ def _draw(rng: np.random.Generator, steps: int) -> tuple[str, str, int]:
     room = LARGEST - total if gain else total
     if room < 2:
       gain, room = not gain, LARGEST - room
-    amount = int(rng.integers(2, min(room, 9) + 1)) if room > 2 else 2
+    amount = int(rng.integers(2, min(room, 5) + 1)) if room > 2 else 2
     verb = rng.choice(GAINS if gain else LOSSES)
     clauses.append(f'{verb} {amount}')
     after = total + amount if gain else total - amount

@@ -12,6 +12,7 @@ devices, so the division happens once over the global batch.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -102,8 +103,8 @@ def dpo(s: PairSums, *, beta: float = 0.1, label_smoothing: float = 0.0) -> dict
 
   `label_smoothing` e > 0 is the conservative variant for labels flipped at rate e.
   """
-  _check('beta', beta, beta > 0, '> 0')
-  _check('label_smoothing', label_smoothing, 0 <= label_smoothing <= 0.5, 'in [0, 0.5]')
+  _check('beta', beta, lambda x: x > 0, '> 0')
+  _check('label_smoothing', label_smoothing, lambda x: 0 <= x <= 0.5, 'in [0, 0.5]')
   z = beta * s.margin
   loss = -jax.nn.log_sigmoid(z)
   if label_smoothing:
@@ -119,7 +120,7 @@ def irpo(
   `nll_reduction`: 'seq' is -P_w / n_w per pair (the paper), 'token' divides the batch total of
   -P_w by the batch total of n_w, 'sum' is -P_w per pair.
   """
-  _check('alpha', alpha, alpha >= 0, '>= 0')
+  _check('alpha', alpha, lambda x: x >= 0, '>= 0')
   terms = dpo(s, beta=beta)
   if nll_reduction == 'seq':
     terms['nll'] = Term(alpha * s.mean_nll, 'pairs')
@@ -132,10 +133,10 @@ def irpo(
   return terms
 
 
-def _check(name: str, value: float, holds: bool, expected: str) -> None:
+def _check(name: str, value: float, holds: Callable[[float], bool], expected: str) -> None:
   if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
     raise ValueError(f'{name} must be a finite number {expected}; found {value!r}')
-  if not holds:
+  if not holds(value):
     raise ValueError(f'{name} must be {expected}; found {value!r}')
 
 
@@ -160,10 +161,10 @@ def totals(
   """
   if name not in LOSSES:
     raise ValueError(f'unknown loss {name!r}; known: {sorted(LOSSES)}')
-  try:
-    terms = LOSSES[name](s, **options)
-  except TypeError as error:
-    raise ValueError(f'loss {name!r}: {error}') from error
+  known = inspect.signature(LOSSES[name]).parameters.keys() - {'s'}
+  if unknown := sorted(options.keys() - known):
+    raise ValueError(f'loss {name!r} has no option {unknown[0]!r}; it has {sorted(known)}')
+  terms = LOSSES[name](s, **options)
   rows = {key: jnp.where(s.valid, s.weights * t.per_row, 0.0) for key, t in terms.items()}
   per_row = sum(rows.values())
   return {key: (jnp.sum(rows[key]), terms[key].normaliser) for key in terms}, per_row

@@ -1,4 +1,4 @@
-"""The forward pass: one layer function, scanned, in training, scoring, prefill and decoding alike."""
+"""The forward pass: one layer function, scanned, in training, scoring, prefill and decoding."""
 
 from __future__ import annotations
 

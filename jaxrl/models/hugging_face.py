@@ -186,7 +186,8 @@ def _load(
   place = sharding.stored(mesh, spec.axes)
   devices_of: dict[tuple, list[jax.Device]] = {}
   for device, index in place.addressable_devices_indices_map(spec.shape).items():
-    devices_of.setdefault(tuple((s.start, s.stop) for s in index), []).append(device)
+    bounds = tuple((s.start, s.stop) for s in index or ())
+    devices_of.setdefault(bounds, []).append(device)
   shards = []
   for bounds, devices in devices_of.items():
     part = piece(tuple(slice(*b) for b in bounds))
@@ -318,12 +319,11 @@ def _tokenizer_folder(folder: str | os.PathLike) -> Path:
 
 
 def _copy_tokenizer(source: Path | None, folder: Path, ids: dict[str, Any]) -> None:
-  for file in TOKENIZER_FILES if source is not None else ():
-    if (source / file).is_file():
-      shutil.copyfile(source / file, folder / file)
-  if source is not None and (source / GENERATION).is_file():
-    shutil.copyfile(source / GENERATION, folder / GENERATION)
-  else:
+  if source is not None:
+    for file in (*TOKENIZER_FILES, GENERATION):
+      if (source / file).is_file():
+        shutil.copyfile(source / file, folder / file)
+  if not (folder / GENERATION).exists():
     _write_object(folder / GENERATION, ids)
 
 

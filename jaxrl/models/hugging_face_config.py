@@ -245,7 +245,8 @@ def _integer(config: dict, field: str, where, *, default: int | None = None) -> 
 def _positive(config: dict, field: str, where, *, default: float | None = None) -> float:
   value = config.get(field)
   value = default if value is None else value
-  if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if value is None or not is_number or not (math.isfinite(value) and value > 0):
     raise InputError(f'field {field!r} is malformed' if value is not None else
                      f'field {field!r} is missing', where=where, expected='a positive number',
                      found=_short(value), fix='Check config.json')

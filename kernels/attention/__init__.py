@@ -1,4 +1,4 @@
-"""Attention operations. Each takes `impl=None | name`; what an implementation cannot honour raises."""
+"""Attention operations; an implementation raises on what it cannot honour."""
 
 from __future__ import annotations
 

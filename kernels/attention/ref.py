@@ -37,7 +37,7 @@ def attention(
   q = q.reshape(b, t, groups, n // groups, h)
   scores = jnp.einsum('btkgh,bskh->bkgts', q, k, preferred_element_type=jnp.float32) * scale
   keep = k_positions[:, None, :] <= q_positions[:, :, None]               # [B, T, S]
-  if q_segments is not None:
+  if q_segments is not None and k_segments is not None:
     keep &= q_segments[:, :, None] == k_segments[:, None, :]
   weights = _softmax(scores, keep[:, None, None]).astype(v.dtype)
   out = jnp.einsum('bkgts,bskh->btkgh', weights, v)

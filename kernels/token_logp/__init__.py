@@ -20,5 +20,6 @@ def token_logp(
   """log p(target | prefix), temperature 1, untruncated; see `ref.token_logp`, which defines it."""
   name = 'chunked' if impl is None else impl
   if name not in IMPLEMENTATIONS:
-    raise ValueError(f'unknown token_logp implementation {name!r}; known: {sorted(IMPLEMENTATIONS)}')
+    known = sorted(IMPLEMENTATIONS)
+    raise ValueError(f'unknown token_logp implementation {name!r}; known: {known}')
   return IMPLEMENTATIONS[name](hidden, head, targets, chunk=chunk)

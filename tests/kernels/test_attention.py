@@ -134,4 +134,5 @@ def test_segments_of_one_side_only_are_refused():
   x = jnp.zeros((1, 1, 1, 2))
   positions = jnp.zeros((1, 1), jnp.int32)
   with pytest.raises(ValueError, match='segments'):
-    attention(x, x, x, q_positions=positions, k_positions=positions, q_segments=positions, scale=1.0)
+    attention(
+        x, x, x, q_positions=positions, k_positions=positions, q_segments=positions, scale=1.0)

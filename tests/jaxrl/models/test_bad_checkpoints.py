@@ -109,7 +109,8 @@ FOLDER_CASES = {
     'trailing bytes': (
         lambda f: set_bytes(weights(f), lambda b: b + b'x'), 'longer than its tensors'),
     'header not JSON': (
-        lambda f: set_bytes(weights(f), lambda b: b[:8] + b'!' + b[9:]), 'header is not valid JSON'),
+        lambda f: set_bytes(weights(f), lambda b: b[:8] + b'!' + b[9:]),
+        'header is not valid JSON'),
     'header names a tensor twice': (
         lambda f: set_bytes(weights(f), lambda b: b.replace(b'layers.1.', b'layers.0.')),
         'not valid JSON; found a name occurs twice'),
@@ -248,7 +249,8 @@ CONFIG_CASES = {
     'dropout': (dict(attention_dropout=0.1), "'attention_dropout'"),
     'split products': (dict(pretraining_tp=2), "'pretraining_tp'.*expected 1; found 2"),
     'quantised': (
-        dict(quantization_config={'quant_method': 'gptq', 'bits': 4}), "'quantization_config'.*gptq"),
+        dict(quantization_config={'quant_method': 'gptq', 'bits': 4}),
+        "'quantization_config'.*gptq"),
     'partial rotary': (dict(partial_rotary_factor=0.5), "'partial_rotary_factor'"),
     'layers that differ': (dict(per_layer_config={'0': {'head_dim': 8}}), "'per_layer_config'"),
     'custom code': (dict(auto_map={'AutoModel': 'x.py'}), "'auto_map'"),

@@ -4,13 +4,11 @@ import contextlib
 import json
 import resource
 
-import hugging_face_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 import transformers
 from flax import traverse_util
 
@@ -21,6 +19,7 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import load_params, read_config, save_model
 from jaxrl.models.hugging_face_tensors import named_tensors, tensor_shapes
 from jaxrl.parallel.mesh import make_mesh
+from tests import hugging_face_oracle as oracle
 
 TINY = ModelConfig(
     family='llama', vocab_size=40, d_model=16, n_layers=2, n_heads=4, n_kv=2, d_head=6, d_mlp=24,
@@ -44,12 +43,12 @@ def read_all(folder):
   return tensors
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('name', ['float32', 'bfloat16', 'float16'])
 @pytest.mark.parametrize('tied', [False, True])
-def test_round_trip_is_bit_identical(tmp_path, dtype, tied):
-  oracle.save_llama(tmp_path / 'in', dtype=dtype, tie_word_embeddings=tied, head_dim=10)
+def test_round_trip_is_bit_identical(tmp_path, name, tied):
+  oracle.save_llama(
+      tmp_path / 'in', dtype=getattr(oracle.torch, name), tie_word_embeddings=tied, head_dim=10)
   c = read_config(tmp_path / 'in')
-  name = str(dtype).removeprefix('torch.')
   for compute in {'float32', name}:
     params = load_params(tmp_path / 'in', c, dtype=jnp.dtype(compute))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(compute)}
@@ -143,7 +142,7 @@ def test_only_the_slice_of_a_device_is_read(tmp_path, monkeypatch):
 def test_a_mesh_that_does_not_divide_the_heads_is_an_error(tmp_path):
   oracle.save_llama(tmp_path / 'm')
   c = read_config(tmp_path / 'm')
-  with pytest.raises(InputError, match="does not divide parameter 'layers/k'.*'kv': 2.*'tensor': 4"):
+  with pytest.raises(InputError, match="not divide parameter 'layers/k'.*'kv': 2.*'tensor': 4"):
     load_params(tmp_path / 'm', c, mesh=make_mesh(fsdp=2, tensor=4))
 
 

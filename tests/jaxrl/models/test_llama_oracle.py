@@ -2,16 +2,15 @@
 
 import dataclasses
 
-import hugging_face_oracle as oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from jaxrl.models import decoder
 from jaxrl.models.hugging_face import load_params, read_config, save_model
+from tests import hugging_face_oracle as oracle
 
 # Largest |difference| / largest |logit| over these shapes, as measured: 3.1e-6.
 TOLERANCE = 2e-5
@@ -108,7 +107,7 @@ def test_export_after_an_update_gives_our_numbers_in_transformers(tmp_path, shap
   params = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
 
   model, notes = transformers.LlamaForCausalLM.from_pretrained(
-      tmp_path / 'out', dtype=torch.float32, output_loading_info=True)
+      tmp_path / 'out', dtype=oracle.torch.float32, output_loading_info=True)
   assert not any(notes.values()), notes
   assert read_config(tmp_path / 'out') == c
   tokens = np.random.default_rng(0).integers(0, c.vocab_size, (2, 50))

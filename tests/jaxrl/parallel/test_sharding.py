@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxrl.models import decoder, params as params_lib
+from jaxrl.models import decoder
+from jaxrl.models import params as params_lib
 from jaxrl.models.config import ModelConfig
 from jaxrl.parallel import sharding
 from jaxrl.parallel.mesh import make_mesh
