@@ -91,7 +91,7 @@ def check() -> IrpoConfig:
       if FLAGS[name].value is None:
         raise InputError('a model needs problems', where=f'--{name}', expected='a file',
                          found='none')
-  refuse(FLAGS.votes == 0 and FLAGS['vote_temperature'].present > 0, 'vote_temperature',
+  refuse(FLAGS.votes == 0 and FLAGS['vote_temperature'].present > 1, 'vote_temperature',
          '--votes=0')
   refuse(FLAGS.nll_alpha == 0 and FLAGS.nll_reduction != 'seq', 'nll_reduction', '--nll_alpha=0')
   if FLAGS.beta <= 0:

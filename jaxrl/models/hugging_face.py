@@ -35,6 +35,7 @@ from jaxrl.models.model_folder import (
     StoredTensor,
     existing_folder,
     find_tensors,
+    local_path,
     open_tensors,
     read_object,
 )
@@ -113,7 +114,7 @@ def save_model(
     InputError: the folder exists, the tokenizer does not fit, a weight is not finite as `dtype`,
       or the disk is full or cannot be written.
   """
-  folder = Path(folder)
+  folder = local_path(folder)
   if np.dtype(dtype).name not in SAVED_TYPES:
     raise InputError('models cannot be saved in this type', where=folder,
                      expected=' or '.join(SAVED_TYPES), found=np.dtype(dtype).name)

@@ -45,9 +45,18 @@ class StoredTensor:
   shape: tuple[int, ...]
 
 
+def local_path(folder: str | os.PathLike) -> Path:
+  """A path of this machine; InputError for 'gs://...' and the like, which cannot be mapped."""
+  if '://' in os.fspath(folder):
+    raise InputError(
+        'model folders have to lie on a local disk', where=os.fspath(folder),
+        expected='a path without "://"', fix='Copy the folder to a local disk first')
+  return Path(folder)
+
+
 def existing_folder(folder: str | os.PathLike) -> Path:
-  """The folder as a path; InputError where it is missing or is a file."""
-  path = Path(folder)
+  """The folder as a path; InputError where it is remote, missing or a file."""
+  path = local_path(folder)
   if path.is_dir():
     return path
   raise InputError(

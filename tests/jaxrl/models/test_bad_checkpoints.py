@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from jaxrl.errors import InputError
 from jaxrl.models import params as params_lib
@@ -215,6 +216,16 @@ def test_no_such_folder(tmp_path):
     read_config(tmp_path / 'nowhere')
   with pytest.raises(InputError, match='not a model folder.*found nothing there'):
     load_params(tmp_path / 'nowhere', GOOD)
+
+
+def test_remote_folders_are_refused(tmp_path):
+  for folder in ('gs://bucket/model', epath.Path('gs://bucket/model')):
+    calls = (
+        lambda f=folder: read_config(f), lambda f=folder: load_params(f, GOOD),
+        lambda f=folder: save_model(f, params_of(GOOD), GOOD, tokenizer_from=None))
+    for call in calls:
+      with pytest.raises(InputError, match='gs://bucket/model: .*local disk'):
+        call()
 
 
 def test_a_file_is_not_a_folder(folder):
