@@ -1,0 +1,195 @@
+"""IRPO with and without its NLL term on the embedded world, over several seeds.
+
+`python -m experiments.irpo_ablation --seeds=0,1,2` runs `experiments.irpo` twice per seed, with
+--nll_alpha=1 and with 0, from the same seed model and with the same first samples, and prints what
+the paper claims beside what is seen. Verdicts are computed from the run folders. Every run resumes;
+the same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+
+from absl import flags
+from etils import epath
+
+from experiments import common_flags, irpo_flags
+from jaxrl.errors import InputError
+from jaxrl.evaluation.statistics import Estimate, mean_over_seeds, paired_difference
+from jaxrl.runs.manifest import read_manifest
+from jaxrl.runs.metrics import read_metrics
+from jaxrl.runs.progress import Progress
+from jaxrl.runs.tables import EVALUATION, read_table
+
+FLAGS = flags.FLAGS
+OUTPUT = flags.DEFINE_string('output', 'runs/irpo_ablation', 'Folder of the runs and summary.json.')
+SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the world, the model and the draws.')
+EXTRA = flags.DEFINE_multi_string(
+    'with_flag', [], 'A flag for every run, as --with_flag=--iterations=1; may be repeated.')
+
+VARIANTS = ('with NLL', 'without NLL')
+
+
+def start_run(folder: epath.Path, arguments: list[str]) -> None:
+  """One `experiments.irpo` in its own process; its output is shown as it comes.
+
+  Raises:
+    InputError: the run ended with an error.
+  """
+  command = [sys.executable, '-m', 'experiments.irpo', f'--run_dir={folder}', *arguments,
+             *EXTRA.value]
+  print('$', ' '.join(command[1:]), flush=True)
+  if (status := subprocess.run(command).returncode) != 0:
+    raise InputError('a run failed', where=folder, expected='exit status 0', found=status,
+                     fix='See its message above; the same command goes on from there')
+
+
+def greedy(folder: epath.Path, iteration: int) -> dict[str, bool]:
+  """Whether the greedy answer of each held-out problem is right."""
+  table = read_table(folder / f'iteration_{iteration:02d}' / 'evaluation.parquet', EVALUATION)
+  return {row['prompt_id']: row['verdict'] == 'correct'
+          for row in table.to_pylist() if row['kind'] == 'greedy'}
+
+
+def compare(before: Mapping[str, bool], after: Mapping[str, bool]) -> Estimate:
+  """Paired difference after - before over the same problems."""
+  keys = sorted(before)
+  return paired_difference([before[key] for key in keys], [after[key] for key in keys])
+
+
+def last_iteration(folder: epath.Path) -> int:
+  stages = read_manifest(folder)
+  return max(int(name[10:12]) for name in stages if name.endswith('/evaluation'))
+
+
+def chosen_change(folder: epath.Path, beta: float) -> list[float]:
+  """Per iteration the mean log-ratio of chosen responses to the start, in nats per response.
+
+  From the last training log: rewards/chosen = beta * (log pi - log pi_start). Above 0: it rose.
+  """
+  last: dict[int, float] = {}
+  for record in read_metrics(folder / 'metrics.jsonl'):
+    if record['stage'] == 'train' and record['iteration'] > 0:
+      last[record['iteration']] = record['rewards/chosen'] / beta
+  return [last[n] for n in sorted(last)]
+
+
+def summarise(folders: Mapping[int, Mapping[str, epath.Path]], beta: float) -> dict:
+  """Everything the tables and verdicts are made of."""
+  seeds = []
+  for seed, by_variant in folders.items():
+    base = greedy(by_variant['with NLL'], 0)
+    row: dict = {'seed': seed, 'seed_accuracy': sum(base.values()) / len(base), 'n': len(base)}
+    finals = {}
+    for variant, folder in by_variant.items():
+      finals[variant] = greedy(folder, last_iteration(folder))
+      difference = compare(base, finals[variant])
+      row[variant] = {
+          'accuracy': sum(finals[variant].values()) / len(base),
+          'by_iteration': [
+              sum(greedy(folder, n).values()) / len(base)
+              for n in range(last_iteration(folder) + 1)],
+          'gain': difference.value, 'gain_low': difference.low, 'gain_high': difference.high,
+          'chosen_logp_change': chosen_change(folder, beta)}
+    nll = compare(finals['without NLL'], finals['with NLL'])
+    row['nll_effect'] = {'value': nll.value, 'low': nll.low, 'high': nll.high}
+    seeds.append(row)
+  return {'seeds': seeds, 'verdicts': verdicts(seeds)}
+
+
+def verdicts(seeds: list[dict]) -> dict[str, dict]:
+  """Each claim with its figure over seeds and whether it holds."""
+  gains = [row['with NLL']['gain'] for row in seeds]
+  effects = [row['nll_effect']['value'] for row in seeds]
+  rises = [x for row in seeds for x in row['with NLL']['chosen_logp_change']]
+  falls = [x for row in seeds for x in row['without NLL']['chosen_logp_change']]
+  return {
+      'every seed model starts between 30% and 60%': _verdict(
+          all(0.3 <= row['seed_accuracy'] <= 0.6 for row in seeds),
+          ', '.join(f'{100 * row["seed_accuracy"]:.1f}%' for row in seeds)),
+      'IRPO gains at least 15 points on every seed, and its 95% interval excludes 0': _verdict(
+          all(row['with NLL']['gain'] >= 0.15 and row['with NLL']['gain_low'] > 0
+              for row in seeds),
+          f'{_points(gains)}; per seed ' + ', '.join(
+              f'{100 * row["with NLL"]["gain"]:+.1f} [{100 * row["with NLL"]["gain_low"]:+.1f}, '
+              f'{100 * row["with NLL"]["gain_high"]:+.1f}]' for row in seeds)),
+      'with NLL the log-prob of chosen responses rises in training': _verdict(
+          min(rises) > 0, _range(rises)),
+      'without NLL the log-prob of chosen responses falls in training': _verdict(
+          max(falls) < 0, _range(falls)),
+      'accuracy ends lower without NLL': _verdict(
+          all(row['nll_effect']['low'] > 0 for row in seeds)
+          or (len(effects) > 1 and mean_over_seeds(effects).low > 0),
+          f'with minus without {_points(effects)}; per seed ' + ', '.join(
+              f'{100 * row["nll_effect"]["value"]:+.1f} [{100 * row["nll_effect"]["low"]:+.1f}, '
+              f'{100 * row["nll_effect"]["high"]:+.1f}]' for row in seeds)),
+  }
+
+
+def _verdict(holds: bool, seen: str) -> dict:
+  return {'verdict': 'holds' if holds else 'does not hold', 'seen': seen}
+
+
+def _points(values: list[float]) -> str:
+  if len(values) < 2:
+    return f'{100 * values[0]:+.1f} points'
+  estimate = mean_over_seeds(values)
+  return (f'mean {100 * estimate.value:+.1f} points, 95% interval over seeds '
+          f'[{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]')
+
+
+def _range(values: list[float]) -> str:
+  return f'{min(values):+.2f} to {max(values):+.2f} nats per response over all iterations and seeds'
+
+
+def main(argv) -> None:
+  del argv
+  try:
+    seeds = [int(seed) for seed in SEEDS.value]
+  except ValueError:
+    raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
+                     found=','.join(SEEDS.value)) from None
+  output = epath.Path(OUTPUT.value)
+  folders: dict[int, dict[str, epath.Path]] = {}
+  for seed in seeds:
+    first = output / f'seed_{seed}_with_nll'
+    second = output / f'seed_{seed}_without_nll'
+    start_run(first, [f'--seed={seed}', '--nll_alpha=1'])
+    start_run(second, [
+        f'--flagfile={irpo_flags.WORLD_FLAGS}', f'--seed={seed}', '--nll_alpha=0',
+        f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
+        f'--test={first}/world/test.jsonl'])
+    folders[seed] = {'with NLL': first, 'without NLL': second}
+  beta = _beta(folders[seeds[0]]['with NLL'])
+  summary = summarise(folders, beta)
+  (output / 'summary.json').write_text(json.dumps(summary, indent=2))
+  show(summary)
+
+
+def _beta(folder: epath.Path) -> float:
+  for line in (folder / 'flags.flags').read_text().splitlines():
+    if line.startswith('--beta='):
+      return float(line.partition('=')[2])
+  raise InputError('the run does not say its beta', where=folder / 'flags.flags')
+
+
+def show(summary: Mapping) -> None:
+  progress = Progress()
+  progress.table(
+      'Greedy accuracy on held-out problems, %',
+      ('seed', 'variant', 'by iteration', 'gain [95%]', 'chosen log-prob change by iteration'),
+      [[row['seed'], variant,
+        ' '.join(f'{100 * x:.1f}' for x in row[variant]['by_iteration']),
+        f'{100 * row[variant]["gain"]:+.1f} [{100 * row[variant]["gain_low"]:+.1f}, '
+        f'{100 * row[variant]["gain_high"]:+.1f}]',
+        ' '.join(f'{x:+.2f}' for x in row[variant]['chosen_logp_change'])]
+       for row in summary['seeds'] for variant in VARIANTS])
+  progress.table('Claims', ('claim', 'verdict', 'seen'),
+                 [[claim, v['verdict'], v['seen']] for claim, v in summary['verdicts'].items()])
+
+
+if __name__ == '__main__':
+  common_flags.run(main)
