@@ -16,6 +16,8 @@ from jaxrl.training.optimizer import SCHEDULES, OptimizerConfig
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string('run_dir', None, 'Folder of the run; the same command goes on where it stopped.')
+flags.DEFINE_string('model', None, 'Hugging Face folder to start from. Without it: the embedded '
+                    'world (irpo), a new model (sft).')
 flags.DEFINE_integer('seed', 0, 'Seed of every random draw.', lower_bound=0)
 flags.DEFINE_list('mesh', None, 'Devices as data,fsdp,tensor; default: all on fsdp.')
 flags.DEFINE_enum('compute_dtype', 'bfloat16', ['bfloat16', 'float32'],
@@ -34,6 +36,10 @@ flags.DEFINE_integer('batch_size', 16, 'Rows (pairs, or examples) per optimizer 
                      lower_bound=1)
 flags.DEFINE_integer('micro_batches', 1, 'Parts of a batch computed one after another.',
                      lower_bound=1)
+flags.DEFINE_float('epochs', 1.0, 'Passes over the rows or pairs, unless --max_steps ends earlier.',
+                   lower_bound=0.0)
+flags.DEFINE_integer('max_steps', None, 'Most training steps, per iteration where there are '
+                     'several.', lower_bound=1)
 flags.DEFINE_list('length_buckets', None,
                   'Padded lengths in ids, each one compiled program; default: doubling from 128.')
 flags.DEFINE_integer('log_every', 10, 'Steps between log lines.', lower_bound=1)

@@ -18,6 +18,9 @@ flags.DEFINE_string('id_field', None, 'Field of the row id; default: id, or file
 flags.DEFINE_string('template', None, 'Prompt with {question} in it; default: the task\'s.')
 flags.DEFINE_integer('train_limit', None, 'Use only the first training rows.', lower_bound=1)
 flags.DEFINE_integer('test_limit', None, 'Use only the first held-out rows.', lower_bound=1)
+flags.DEFINE_enum('over_length', 'error', ['error', 'drop', 'truncate'],
+                  'What to do with rows that are too long; truncate cuts responses that are given, '
+                  'which only sft has.')
 flags.DEFINE_float('check_timeout', 5.0, 'Seconds for one symbolic comparison (math only).',
                    lower_bound=0.0)
 

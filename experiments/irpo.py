@@ -12,6 +12,7 @@ checkpoint and problems of your own. The same command again goes on where a run 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -23,18 +24,19 @@ from experiments import common_flags, data_flags, irpo_flags, irpo_table, world
 from jaxrl.data.batches import pair_arrays, shuffled_batches
 from jaxrl.data.readers import Problem, read_problems
 from jaxrl.data.tasks import Task
-from jaxrl.preferences.irpo import PairConfig, build_pairs
+from jaxrl.preferences.irpo import PairConfig, build_pairs, cap as hold_out
 from jaxrl.runs import session as sessions
-from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage
+from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage, greedy_accuracy
 from jaxrl.runs.folder import current_versions, open_run
 from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.pair_stage import pair_stage
 from jaxrl.runs.process import keep_pages
 from jaxrl.runs.progress import Progress
-from jaxrl.runs.reference_stage import reference_stage, training_pairs
+from jaxrl.runs.reference_stage import read_pairs, reference_stage, training_pairs
 from jaxrl.runs.report import write_report
 from jaxrl.runs.sample_stage import Draws, sample_stage
 from jaxrl.runs.score_stage import check_gold, score_stage
+from jaxrl.runs.select_stage import select_stage
 from jaxrl.runs.session import Session
 from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.sampling.engine import EngineConfig, make_engine
@@ -49,8 +51,11 @@ for module in (common_flags, data_flags, irpo_flags, world):
 
 
 def read_prompts(session: Session, path: epath.Path, task: Task, limit: int | None, rule):
-  """Problems by id and their encoded prompts, all validated."""
-  problems = read_problems(path, task, limit)
+  """Problems by id and their encoded prompts, all validated.
+
+  A null gold answer is kept: up to 1 percent of them are counted, and score as unparseable gold.
+  """
+  problems = read_problems(path, task, limit, missing_gold='keep')
   unparsed = check_gold(problems, rule, str(path))
   encoded = encode_prompts(session.tokenizer, problems, max_prompt_length=FLAGS.max_prompt_length,
                            over_length=FLAGS.over_length)
@@ -90,6 +95,7 @@ def iterate(session: Session, config, start: epath.Path, train_path, test_path, 
       preference_objective(config.loss, config.loss_options, session.model, session.compute),
       common_flags.optimizer_config(), FLAGS.micro_batches)
   solutions = gold_ids(session, problems)
+  held_out = {p.prompt_id for p in hold_out(prompts, FLAGS.dev_prompts, FLAGS.seed)}
 
   def test(iteration):
     return Evaluation(test_problems, test_prompts, rule, FLAGS.votes, FLAGS.vote_temperature,
@@ -110,15 +116,28 @@ def iterate(session: Session, config, start: epath.Path, train_path, test_path, 
             session.stream_seed(t, sessions.PAIR_STREAM))))
     reference_stage(session, t, model, lengths, FLAGS.score_batch)
     pairs = training_pairs(session, t, model)
-    steps = math.ceil(config.epochs * len(pairs) / FLAGS.batch_size)
-    batches = shuffled_batches(
-        pairs, batch_size=FLAGS.batch_size,
-        seed=session.stream_seed(t, sessions.TRAIN_STREAM), collate=functools.partial(
-            pair_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
-    train_stage(
-        session, f'{name}/train', t, model, trainer, batches,
-        LoopConfig(min(steps, config.max_steps or steps), FLAGS.log_every, FLAGS.save_every),
-        expected_first_loss=math.log(2))
+    def batches(rows):
+      return shuffled_batches(
+          rows, batch_size=FLAGS.batch_size, seed=session.stream_seed(t, sessions.TRAIN_STREAM),
+          collate=functools.partial(
+              pair_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
+
+    def loop(rows):
+      steps = math.ceil(config.epochs * len(rows) / FLAGS.batch_size)
+      return LoopConfig(min(steps, config.max_steps or steps), FLAGS.log_every, FLAGS.save_every)
+
+    schedule = loop(pairs)
+    if held_out:
+      rest = [p for p, row in zip(pairs, read_pairs(session, t), strict=True)
+              if row['prompt_id'] not in held_out]
+      best = select_stage(
+          session, t, model, trainer, batches(rest), loop(rest), lambda params: greedy_accuracy(
+              session, engine, params, problems,
+              [p for p in prompts if p.prompt_id in held_out], rule),
+          expected_first_loss=math.log(2))
+      schedule = dataclasses.replace(schedule, steps=best)
+    train_stage(session, f'{name}/train', t, model, trainer, batches(pairs), schedule,
+                expected_first_loss=math.log(2))
     model = sessions.load_model(session, session.run.path(f'{name}/train', f'{name}/model'))
     evaluation_stage(session, t, engine, model, test(t))
     write_report(session.run.folder)
@@ -136,10 +155,10 @@ def main(argv) -> None:
                 free_flags=common_flags.FREE_FLAGS) as run, jax.set_mesh(mesh):
     if FLAGS.model is None:
       folder = world.world_stage(run, FLAGS.seed)
-      start, paths = folder / 'start', (folder / 'train.jsonl', folder / 'test.jsonl',
-                                        folder / 'dev.jsonl')
+      start = folder / 'start'
+      paths = [folder / f'{split}.jsonl' for split in ('train', 'test', 'dev')]
     else:
-      start, paths = epath.Path(FLAGS.model), (epath.Path(FLAGS.train), epath.Path(FLAGS.test))
+      start, paths = epath.Path(FLAGS.model), [epath.Path(FLAGS.train), epath.Path(FLAGS.test)]
     model, tokenizer = sessions.open_model_folder(start)
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,

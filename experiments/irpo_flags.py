@@ -16,7 +16,6 @@ from jaxrl.sampling.requests import SamplingConfig
 FLAGS = flags.FLAGS
 WORLD_FLAGS = Path(__file__).parent / 'flags' / 'irpo_world.flags'
 
-flags.DEFINE_string('model', None, 'Hugging Face folder to start from; none: the embedded world.')
 flags.DEFINE_integer('iterations', 3, 'Iterations.', lower_bound=1)
 flags.DEFINE_integer('samples_per_prompt', 8, 'Responses drawn per training prompt (N).',
                      lower_bound=1)
@@ -24,7 +23,6 @@ flags.DEFINE_list('temperature', ['0.8'], 'Sampling temperature per iteration; t
 flags.DEFINE_float('top_p', 1.0, 'Nucleus of the training samples; 1 keeps everything.')
 flags.DEFINE_integer('max_new_tokens', 512, 'Longest response, in ids.', lower_bound=1)
 flags.DEFINE_integer('max_prompt_length', 512, 'Longest prompt, in ids.', lower_bound=1)
-flags.DEFINE_enum('over_length', 'error', ['error', 'drop'], 'What to do with longer prompts.')
 flags.DEFINE_integer('pairs_per_prompt', 10, 'Pairs per prompt (K).', lower_bound=1)
 flags.DEFINE_integer('max_pairs', None, 'Most pairs per iteration; default: no cap.', lower_bound=1)
 flags.DEFINE_bool('dedup', False, 'Keep each pair of a prompt once.')
@@ -35,9 +33,9 @@ flags.DEFINE_float('nll_alpha', 1.0, 'Weight of the NLL of chosen responses; 0 i
                    lower_bound=0.0)
 flags.DEFINE_enum('nll_reduction', 'seq', ['seq', 'token', 'sum'],
                   'NLL per sequence mean (the paper), batch token mean, or sum.')
-flags.DEFINE_integer('max_steps', None, 'Most training steps per iteration.', lower_bound=1)
-flags.DEFINE_float('epochs', 1.0, 'Passes over the pairs, unless --max_steps ends earlier.',
-                   lower_bound=0.0)
+flags.DEFINE_integer('dev_prompts', 0, 'Training prompts held out to choose the number of steps; the '
+                     'model is then trained again on all pairs for that many. 0: none.',
+                     lower_bound=0)
 flags.DEFINE_integer('votes', 8, 'Samples per held-out problem for the majority vote; 0: none.',
                      lower_bound=0)
 flags.DEFINE_float('vote_temperature', 0.8, 'Temperature of the vote.', lower_bound=0.0)
@@ -91,6 +89,9 @@ def check() -> IrpoConfig:
       if FLAGS[name].value is None:
         raise InputError('a model needs problems', where=f'--{name}', expected='a file',
                          found='none')
+  if FLAGS.over_length == 'truncate':
+    raise InputError('prompts are never cut', where='--over_length', expected='error or drop',
+                     found='truncate')
   refuse(FLAGS.votes == 0 and FLAGS['vote_temperature'].present > 1, 'vote_temperature',
          '--votes=0')
   refuse(FLAGS.nll_alpha == 0 and FLAGS.nll_reduction != 'seq', 'nll_reduction', '--nll_alpha=0')

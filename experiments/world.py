@@ -23,13 +23,11 @@ from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
 from jaxrl.models.params import init_params, param_shardings
-from jaxrl.runs.evaluation_stage import summarise
-from jaxrl.runs.sample_stage import Draws, draw_rows
-from jaxrl.runs.score_stage import check_rows
+from jaxrl.runs.evaluation_stage import greedy_accuracy
 from jaxrl.runs.session import TRAIN_STREAM, Session, load_model
 from jaxrl.runs.stages import Run
 from jaxrl.runs.train_stage import make_trainer, train_stage
-from jaxrl.sampling.engine import Engine, rollout_params
+from jaxrl.sampling.engine import Engine
 from jaxrl.tokens.prompts import Message, prompt_ids
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.tokens.tokenizer import response_ids
@@ -51,7 +49,7 @@ flags.DEFINE_float('seed_accuracy', 0.4, 'Greedy dev accuracy at which the seed 
                    lower_bound=0.0, upper_bound=1.0)
 flags.DEFINE_integer('seed_max_steps', 600, 'Most steps of the seed.', lower_bound=1)
 flags.DEFINE_integer('seed_check_every', 20, 'Steps between looks at its accuracy.', lower_bound=1)
-flags.DEFINE_float('seed_learning_rate', 2e-3, 'Learning rate of the seed.', lower_bound=0.0)
+flags.DEFINE_float('seed_learning_rate', 3e-3, 'Learning rate of the seed.', lower_bound=0.0)
 flags.DEFINE_integer('seed_batch_size', 64, 'Examples per step of the seed.', lower_bound=1)
 
 VOCABULARY = 400
@@ -74,7 +72,7 @@ def write_world(folder: epath.Path, seed: int) -> dict:
   texts: list[str] = []
   for split in SPLITS:
     made = list(problems(
-        split, FLAGS[f'world_{split}'].value, seed=seed, min_steps=FLAGS.world_min_steps,
+        split, int(FLAGS[f'world_{split}'].value or 0), seed=seed, min_steps=FLAGS.world_min_steps,
         max_steps=FLAGS.world_max_steps))
     rows = []
     for p in made:
@@ -129,12 +127,7 @@ def seed_stage(
   every, limit = FLAGS.seed_check_every, FLAGS.seed_max_steps
 
   def stop(step: int, params: dict) -> bool:
-    whole = rollout_params(params, session.mesh, engine.config.dtype)
-    with session.progress.stage(f'seed: dev at step {step}', len(dev_prompts), 'samples') as bar:
-      drawn = draw_rows(session, engine, whole, dev_prompts, Draws(1, 0.0, 0, 0), bar)
-    numbers = summarise([
-        row | check | {'kind': 'greedy', 'length': len(row['response_ids'])}
-        for row, check in zip(drawn, check_rows(drawn, dev, rule), strict=True)])
+    numbers = greedy_accuracy(session, engine, params, dev, dev_prompts, rule)
     session.metrics.rewind(0, 'seed', step - 1)
     session.metrics.write(0, 'seed', step, numbers)
     session.metrics.sync()

@@ -166,7 +166,7 @@ def totals(
     raise ValueError(f'loss {name!r} has no option {unknown[0]!r}; it has {sorted(known)}')
   terms = LOSSES[name](s, **options)
   rows = {key: jnp.where(s.valid, s.weights * t.per_row, 0.0) for key, t in terms.items()}
-  per_row = sum(rows.values())
+  per_row = sum(rows.values(), jnp.zeros_like(s.n_w))
   return {key: (jnp.sum(rows[key]), terms[key].normaliser) for key in terms}, per_row
 
 
@@ -174,7 +174,8 @@ def divide(
     term_totals: Mapping[str, tuple[jax.Array, str]], counts: Mapping[str, jax.Array]
 ) -> jax.Array:
   """The scalar loss: each total over its count; 0 when nothing was valid."""
-  return sum(total / jnp.maximum(counts[kind], 1) for total, kind in term_totals.values())
+  parts = (total / jnp.maximum(counts[kind], 1) for total, kind in term_totals.values())
+  return sum(parts, jnp.zeros((), jnp.float32))
 
 
 def pref_metrics(s: PairSums, beta: float) -> dict[str, Mean]:

@@ -88,7 +88,7 @@ def build_pairs(
   `samples` are rows joined with their scores, draws of a prompt together and in order; `gold_ids`
   holds the response ids of worked gold solutions, by prompt id.
   """
-  counts = collections.Counter()
+  counts: collections.Counter[str] = collections.Counter()
   rows: list[dict] = []
   for prompt_id, group in itertools.groupby(samples, key=lambda row: row['prompt_id']):
     drawn = {row['sample_index']: row for row in group}

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,7 @@ def _prefill(params, state: Slots, prompts, assign, c: ModelConfig) -> Slots:
   prompt id, which the first decode step feeds).
   """
   _, kept = forward(params, prompts, c, keep_kv=True)
+  assert kept is not None
   starts = assign['source'] >= 0                                        # [R]
   source = jnp.where(starts, assign['source'], 0)
   width = prompts.shape[1]
@@ -135,8 +137,8 @@ def _decode(params, state: Slots, seed, c: ModelConfig, config: SamplingConfig, 
 class Engine:
   """Compiled-once programs for one model shape, sampling configuration and mesh."""
 
-  prefill: jax.stages.Wrapped
-  decode: jax.stages.Wrapped
+  prefill: Any               # jitted: (params, slots, prompts, assignments) -> slots
+  decode: Any                # jitted: (params, slots, seed) -> slots
   model: ModelConfig
   sampling: SamplingConfig
   config: EngineConfig
@@ -151,7 +153,7 @@ class Engine:
 
   def compiled_programs(self) -> int:
     """How many programs have been compiled so far; bounded by the number of prompt widths + 1."""
-    return self.prefill._cache_size() + self.decode._cache_size()
+    return sum(program._cache_size() for program in (self.prefill, self.decode))
 
 
 def prompt_widths(max_prompt: int, multiple: int) -> tuple[int, ...]:
@@ -162,11 +164,12 @@ def prompt_widths(max_prompt: int, multiple: int) -> tuple[int, ...]:
   return tuple(widths)
 
 
-def _slot_specs() -> Slots:
+def _slot_specs() -> Any:
   """Slots are split over every mesh axis; the cache has them on its second dimension."""
   rows, cache = PartitionSpec(ROLLOUT_SLOTS), PartitionSpec(None, ROLLOUT_SLOTS)
-  fields = {f.name: rows for f in dataclasses.fields(Slots)}
-  return Slots(**(fields | {'cache': Cache(cache, cache)}))
+  fields: dict[str, Any] = {f.name: rows for f in dataclasses.fields(Slots)}
+  two: Any = (cache, cache)
+  return Slots(**(fields | {'cache': Cache(*two)}))
 
 
 def make_engine(

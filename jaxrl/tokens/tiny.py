@@ -1,4 +1,4 @@
-"""Trains the tiny tokenizer of the embedded world and writes it as a Hugging Face folder."""
+"""Trains a small tokenizer for a model made from scratch and writes it as a Hugging Face folder."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ State = TypeVar('State')
 
 
 def _file_hashes(folder: epath.Path) -> dict[str, str]:
-  hashes = {}
+  hashes: dict[str, str] = {}
   for path in sorted(folder.iterdir()):
     if path.is_dir():
       hashes |= {f'{path.name}/{name}': value for name, value in _file_hashes(path).items()}

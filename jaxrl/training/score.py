@@ -32,7 +32,7 @@ def score_rows(
   Rows are sorted by length inside, so that a batch pads little. `lengths` are the padded lengths
   allowed, each one compiled program.
   """
-  fn = jax.jit(functools.partial(target_logps, c=c, policy=policy))
+  fn = _compiled(c, policy)
   order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
   out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
   for start in range(0, len(order), batch_size):
@@ -46,6 +46,12 @@ def score_rows(
       out[n] = logps[row][batch['mask'][row]]
     on_rows(len(group))
   return out
+
+
+@functools.cache
+def _compiled(c: ModelConfig, policy: ComputePolicy) -> jax.stages.Wrapped:
+  """One function per model shape: jit knows compiled programs by the function's identity."""
+  return jax.jit(functools.partial(target_logps, c=c, policy=policy))
 
 
 def identity(params_identity: str, rows: Sequence[TokenRow], policy: ComputePolicy) -> str:

@@ -105,7 +105,7 @@ def train_step(
   def loss_of(params, part):
     terms, metrics = objective.totals(params, part)
     divided = {name: total / jnp.maximum(counts[kind], 1) for name, (total, kind) in terms.items()}
-    loss = sum(divided.values())
+    loss = sum(divided.values(), jnp.zeros((), jnp.float32))
     share = jnp.float32(1 / micro_batches)   # parts of a sum: the counts add up to one
     if len(divided) > 1:
       metrics |= {f'loss/{name}': Mean(v, share) for name, v in divided.items() if name != 'nll'}
