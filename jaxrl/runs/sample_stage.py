@@ -1,0 +1,91 @@
+"""Stage: N responses per prompt from the current model, written in parts that survive a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+from etils import epath
+
+from jaxrl.runs import tables
+from jaxrl.runs.progress import Bar
+from jaxrl.runs.session import Model, Session, sampling_requests
+from jaxrl.sampling.engine import Engine, generate, rollout_params
+from jaxrl.tokens.prompts import EncodedPrompt
+from jaxrl.tokens.tokenizer import decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+  """How many responses each prompt gets, and how."""
+
+  count: int
+  temperature: float
+  seed: int
+  part_prompts: int           # prompts per part; a kill loses at most the part it interrupts
+
+
+def draw_rows(
+    session: Session, engine: Engine, params: dict, prompts: Sequence[EncodedPrompt], draws: Draws,
+    bar: Bar,
+) -> list[dict]:
+  """Rows of (prompt, draw) in order, without what only the stage knows (iteration, model)."""
+  requests = sampling_requests(list(prompts), draws.count, draws.temperature)
+  rows: list[dict] = [{}] * len(requests)
+  for sample in generate(engine, params, requests, seed=draws.seed):
+    prompt = prompts[sample.request // draws.count]
+    rows[sample.request] = {
+        'prompt_id': prompt.prompt_id,
+        'sample_index': sample.request % draws.count,
+        'prompt': prompt.text,
+        'response': decode(session.tokenizer, sample.response_ids),
+        'prompt_ids': list(prompt.ids),
+        'response_ids': sample.response_ids,
+        'logprobs': sample.logprobs,
+        'finish_reason': sample.finish_reason,
+    }
+    bar.advance()
+  return rows
+
+
+def sample_stage(
+    session: Session, iteration: int, engine: Engine, model: Model,
+    prompts: Sequence[EncodedPrompt], draws: Draws,
+) -> Mapping:
+  """Writes `samples.parquet`; returns the manifest entry's counts."""
+  name = f'iteration_{iteration:02d}/samples'
+
+  def produce(scratch: epath.Path) -> dict:
+    params = rollout_params(model.params, session.mesh, engine.config.dtype)
+    parts = []
+    total = len(prompts) * draws.count
+    with session.progress.stage(f'iteration {iteration}: sample', total, 'samples') as bar:
+      for start in range(0, len(prompts), draws.part_prompts):
+        group = prompts[start:start + draws.part_prompts]
+        part = scratch / f'part_{start:08d}.parquet'
+        if part.exists():     # written whole by an earlier attempt: parts are renamed into place
+          bar.advance(len(group) * draws.count)
+        else:
+          rows = draw_rows(session, engine, params, group, draws, bar)
+          common = {
+              'temperature': draws.temperature, 'top_p': engine.sampling.top_p,
+              'iteration': iteration, 'source_model': model.identity}
+          tables.write_table(part, [row | common for row in rows], tables.SAMPLES)
+        parts.append(tables.read_table(part, tables.SAMPLES))
+    table = pa.concat_tables(parts)
+    tables.write_table(scratch / 'samples.parquet', table, tables.SAMPLES)
+    reasons = table['finish_reason'].to_pylist()
+    return {
+        'prompts': len(prompts), 'samples': table.num_rows,
+        'tokens': sum(len(ids) for ids in table['response_ids'].to_pylist()),
+        'truncated': reasons.count('length'),
+    }
+
+  return session.run.stage(name, (f'{name}.parquet',), produce).counts
+
+
+def read_samples(session: Session, iteration: int) -> list[dict]:
+  """Rows of the finished stage, verified against the manifest."""
+  name = f'iteration_{iteration:02d}/samples'
+  return tables.read_table(session.run.path(name, f'{name}.parquet'), tables.SAMPLES).to_pylist()

@@ -1,0 +1,96 @@
+"""What every stage of a run needs, opened once: folder, model, tokenizer, mesh, logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+
+import jax
+from etils import epath
+
+from jaxrl.errors import InputError
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.hugging_face import load_params, read_config, save_model
+from jaxrl.models.params import identity
+from jaxrl.runs.metrics import MetricsLog
+from jaxrl.runs.progress import Progress
+from jaxrl.runs.stages import Run
+from jaxrl.sampling.requests import Request
+from jaxrl.tokens.prompts import EncodedPrompt
+from jaxrl.tokens.tokenizer import Tokenizer, load_tokenizer
+from jaxrl.training.logps import ComputePolicy
+
+# Streams of random numbers; each stage that draws has its own, so none repeats another's.
+SAMPLE_STREAM, VOTE_STREAM, PAIR_STREAM, TRAIN_STREAM = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """An open run; passed to every stage, changed by none."""
+
+  run: Run
+  metrics: MetricsLog
+  progress: Progress
+  mesh: jax.sharding.Mesh
+  model: ModelConfig
+  tokenizer: Tokenizer
+  compute: ComputePolicy
+  seed: int
+
+  def stream_seed(self, iteration: int, stream: int) -> int:
+    """A seed of 32 bits for one kind of draw in one iteration."""
+    return zlib.crc32(f'{self.seed} {iteration} {stream}'.encode())
+
+  def record(self, iteration: int, stage: str, numbers: Mapping[str, float]) -> None:
+    """One metrics record of a stage that has no steps, in place of what a killed attempt left."""
+    self.metrics.rewind(iteration, stage, None)
+    self.metrics.write(iteration, stage, 0, numbers)
+    self.metrics.sync()
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Parameters with the name and the hash that logs and records carry."""
+
+  folder: epath.Path
+  params: dict
+  identity: str
+
+
+def open_model_folder(folder: str) -> tuple[ModelConfig, Tokenizer]:
+  """Configuration and tokenizer of a Hugging Face folder, checked against each other."""
+  config = read_config(folder)
+  return config, load_tokenizer(folder, vocab_size=config.vocab_size)
+
+
+def load_model(session: Session, folder: epath.Path) -> Model:
+  """Float32 master parameters on the mesh.
+
+  Raises:
+    InputError: the folder holds another architecture than the run started with.
+  """
+  config = read_config(folder)
+  if config != session.model:
+    changed = [
+        f.name for f in dataclasses.fields(config)
+        if getattr(config, f.name) != getattr(session.model, f.name)]
+    raise InputError('the model differs from the one the run started with', where=folder,
+                     expected='the same config.json', found=f'other {", ".join(changed)}')
+  params = load_params(folder, config, mesh=session.mesh)
+  return Model(folder, params, identity(params))
+
+
+def write_model(session: Session, folder: epath.Path, params: dict, source: epath.Path) -> None:
+  """A Hugging Face folder in float32, so that the next iteration starts from these very bits."""
+  save_model(folder, params, session.model, tokenizer_from=source)
+
+
+def sampling_requests(
+    prompts: list[EncodedPrompt], draws: int, temperature: float
+) -> list[Request]:
+  """One request per (prompt, draw), draws of a prompt together; keyed by the prompt's id."""
+  return [
+      Request(zlib.crc32(p.prompt_id.encode()), draw, p.ids, temperature)
+      for p in prompts for draw in range(draws)
+  ]
