@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -96,6 +101,10 @@ def length_buckets(longest: int) -> tuple[int, ...]:
   if not given or given[0] < 1 or given[-1] < needed:
     raise InputError('the padded lengths do not cover the longest row', where='--length_buckets',
                      expected=f'a largest length of at least {needed}', found=given)
+  unused = [b for a, b in itertools.pairwise(given) if a >= needed or a == b]
+  if unused:
+    raise InputError('a padded length would never be used', where='--length_buckets',
+                     expected=f'different ones, of which one is at least {needed}', found=given)
   return given
 
 
@@ -110,13 +119,33 @@ def numbers(name: str, count: int) -> list[float]:
     values = [float(text) for text in texts]
   except ValueError:
     raise InputError('not a list of numbers', where=f'--{name}', found=','.join(texts)) from None
+  if not all(map(math.isfinite, values)):
+    raise InputError('not a list of finite numbers', where=f'--{name}', found=','.join(texts))
   if not values or len(values) > count:
     raise InputError('the list does not fit the number of iterations', where=f'--{name}',
                      expected=f'1 to {count} numbers', found=len(values))
   return values + [values[-1]] * (count - len(values))
 
 
-def effective_flags(*modules) -> dict[str, str]:
+def check_finite(*modules: ModuleType) -> None:
+  """Raises InputError for NaN and infinities, which pass every bound that absl checks."""
+  for module in modules:
+    for flag in FLAGS.get_flags_for_module(module):
+      if isinstance(flag.value, float) and not math.isfinite(flag.value):
+        raise InputError('the value is no number', where=f'--{flag.name}',
+                         expected='a finite number', found=flag.value)
+
+
+def check_multiple(name: str, mesh: jax.sharding.Mesh) -> None:
+  """Raises InputError where a flag's number of rows does not divide over the devices."""
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  if FLAGS[name].value % ways:
+    raise InputError('the rows do not divide over the devices', where=f'--{name}',
+                     expected=f'a multiple of {ways} (data * fsdp devices)',
+                     found=FLAGS[name].value)
+
+
+def effective_flags(*modules: ModuleType) -> dict[str, str]:
   """Every flag of these modules as the text a flag file holds; unset ones are left out."""
   effective = {}
   for module in modules:
@@ -134,8 +163,30 @@ def refuse(condition: bool, flag: str, why: str) -> None:
                      fix='Leave it out')
 
 
+def set_defaults(path: str | os.PathLike[str]) -> None:
+  """Makes the values of a flag file the defaults, which no flag that was given loses to.
+
+  `FLAGS[name].present` goes on to say whether the user gave the flag.
+  """
+  for line in FLAGS.read_flags_from_files([f'--flagfile={os.fspath(path)}']):
+    name, has_value, text = line.removeprefix('--').partition('=')
+    if not has_value:
+      name, text = (name, 'true') if name in FLAGS else (name.removeprefix('no'), 'false')
+    FLAGS.set_default(name, text)
+
+
 def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -> None:
-  """`app.run` that prints an InputError as one sentence and exits with status 2."""
+  """`app.run`, but what the user can mend is one sentence on stderr and exit status 2."""
+
+  def parse(argv):
+    try:
+      rest = (parser or FLAGS)(argv)
+    except (flags.Error, InputError) as error:
+      _end(error)
+    if len(rest) > 1:
+      _end(InputError('this is not a flag', where=repr(rest[1]), expected='--name=value',
+                      fix='A flag of its own switches on as --name and off as --noname'))
+    return rest
 
   def guarded(argv):
     if not FLAGS['verbosity'].present:
@@ -143,10 +194,12 @@ def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -
     try:
       main(argv)
     except InputError as error:
-      print(f'error: {error}', file=sys.stderr)
-      sys.exit(2)
+      _end(error)
 
-  if parser is None:
-    app.run(guarded)
-  else:
-    app.run(guarded, flags_parser=parser)
+  app.run(guarded, flags_parser=parse)
+
+
+def _end(error: Exception) -> NoReturn:
+  text = ' '.join(str(error).split()).removeprefix('ERROR:: ')
+  print(f'error: {text}', file=sys.stderr)
+  sys.exit(2)

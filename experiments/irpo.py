@@ -22,26 +22,23 @@ from etils import epath
 
 from experiments import common_flags, data_flags, irpo_flags, irpo_table, world
 from jaxrl.data.batches import pair_arrays, shuffled_batches
-from jaxrl.data.readers import Problem, read_problems
-from jaxrl.data.tasks import Task
-from jaxrl.preferences.irpo import PairConfig, build_pairs, cap as hold_out
+from jaxrl.preferences.irpo import PairConfig, build_pairs
 from jaxrl.runs import session as sessions
 from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage, greedy_accuracy
 from jaxrl.runs.folder import current_versions, open_run
 from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.pair_stage import pair_stage
-from jaxrl.runs.process import keep_pages
+from jaxrl.runs.problem_set import gold_response_ids, read_problem_set
+from jaxrl.runs.process import count_programs, keep_pages, peak_memory
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.reference_stage import read_pairs, reference_stage, training_pairs
 from jaxrl.runs.report import write_report
 from jaxrl.runs.sample_stage import Draws, sample_stage
-from jaxrl.runs.score_stage import check_gold, score_stage
+from jaxrl.runs.score_stage import score_stage
 from jaxrl.runs.select_stage import select_stage
 from jaxrl.runs.session import Session
 from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.sampling.engine import EngineConfig, make_engine
-from jaxrl.tokens.prompts import encode_prompts
-from jaxrl.tokens.tokenizer import response_ids
 from jaxrl.training.loop import LoopConfig, check_loop
 from jaxrl.training.step import preference_objective
 
@@ -50,36 +47,9 @@ for module in (common_flags, data_flags, irpo_flags, world):
   flags.adopt_module_key_flags(module)
 
 
-def read_prompts(session: Session, path: epath.Path, task: Task, limit: int | None, rule):
-  """Problems by id and their encoded prompts, all validated.
-
-  A null gold answer is kept: up to 1 percent of them are counted, and score as unparseable gold.
-  """
-  problems = read_problems(path, task, limit, missing_gold='keep')
-  unparsed = check_gold(problems, rule, str(path))
-  encoded = encode_prompts(session.tokenizer, problems, max_prompt_length=FLAGS.max_prompt_length,
-                           over_length=FLAGS.over_length)
-  session.progress.line(
-      f'{path}: {len(problems)} problems, {len(encoded.dropped)} dropped for their length, '
-      f'{unparsed} with a gold answer that cannot be parsed')
-  return {p.prompt_id: p for p in problems}, list(encoded.prompts)
-
-
-def gold_ids(session: Session, problems: dict[str, Problem]) -> dict[str, list[int]]:
-  """Response ids of the worked solutions, where the data has them and the flags want them."""
-  if FLAGS.gold_in_winners == 'never':
-    return {}
-  return {
-      p.prompt_id: response_ids(session.tokenizer, p.gold_solution, ends=True)
-      for p in problems.values() if p.gold_solution is not None
-  }
-
-
-def iterate(session: Session, config, start: epath.Path, train_path, test_path, dev_path=None):
-  """All iterations; returns the rows of the final table."""
-  task, rule = data_flags.task(), config.rule
-  problems, prompts = read_prompts(session, train_path, task, FLAGS.train_limit, rule)
-  test_problems, test_prompts = read_prompts(session, test_path, task, FLAGS.test_limit, rule)
+def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
+            paths: dict[str, epath.Path]) -> None:
+  """Every iteration, from the model folder `start`; `paths` names the problem files by split."""
   longest = FLAGS.max_prompt_length + config.sampling.max_new_tokens
   lengths = common_flags.length_buckets(longest)
   check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
@@ -88,84 +58,97 @@ def iterate(session: Session, config, start: epath.Path, train_path, test_path, 
       session.model, config.sampling, EngineConfig(FLAGS.slots, dtype=session.compute.dtype),
       session.mesh, max_prompt=FLAGS.max_prompt_length, eos_ids=session.tokenizer.eos_ids,
       pad_id=session.tokenizer.pad_id)
-  if dev_path is not None:
-    _, dev_prompts = read_prompts(session, dev_path, task, None, rule)
-    start = world.seed_stage(session, start.parent, engine, rule, dev_prompts, lengths)
+  rule = config.rule
+  limits = {'train': FLAGS.train_limit, 'test': FLAGS.test_limit}
+  sets = {
+      split: read_problem_set(
+          session, path, data_flags.task(), rule, limit=limits.get(split),
+          max_prompt_length=FLAGS.max_prompt_length, over_length=FLAGS.over_length)
+      for split, path in paths.items()
+  }
+  if FLAGS.model is None:
+    start = world.seed_stage(session, start.parent, engine, rule, sets['dev'], lengths)
+  train, test = sets['train'], sets['test']
+  solutions = gold_response_ids(session, train.problems) \
+      if FLAGS.gold_in_winners != 'never' else {}
+  held_out = train.held_out(FLAGS.dev_prompts, FLAGS.seed)
   trainer = make_trainer(
       preference_objective(config.loss, config.loss_options, session.model, session.compute),
       common_flags.optimizer_config(), FLAGS.micro_batches)
-  solutions = gold_ids(session, problems)
-  held_out = {p.prompt_id for p in hold_out(prompts, FLAGS.dev_prompts, FLAGS.seed)}
 
-  def test(iteration):
-    return Evaluation(test_problems, test_prompts, rule, FLAGS.votes, FLAGS.vote_temperature,
-                      session.stream_seed(iteration, sessions.VOTE_STREAM))
+  def evaluate(t: int, model: sessions.Model) -> None:
+    evaluation_stage(session, t, engine, model, Evaluation(
+        test.problems, test.prompts, rule, FLAGS.votes, FLAGS.vote_temperature,
+        session.stream_seed(t, sessions.VOTE_STREAM)))
+    write_report(session.run.folder)
+
+  def batches(t: int, pairs):
+    return shuffled_batches(
+        pairs, batch_size=FLAGS.batch_size, seed=session.stream_seed(t, sessions.TRAIN_STREAM),
+        collate=functools.partial(pair_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
+
+  def loop(pairs) -> LoopConfig:
+    steps = math.ceil(config.epochs * len(pairs) / FLAGS.batch_size)
+    return LoopConfig(min(steps, config.max_steps or steps), FLAGS.log_every, FLAGS.save_every)
+
+  def best_steps(t: int, model: sessions.Model, pairs) -> int:
+    """Steps that do best on held-out prompts when trained without their pairs."""
+    ids = {p.prompt_id for p in held_out}
+    rest = [pair for pair, row in zip(pairs, read_pairs(session, t), strict=True)
+            if row['prompt_id'] not in ids]
+    return select_stage(
+        session, t, model, trainer, batches(t, rest), loop(rest), lambda params: greedy_accuracy(
+            session, engine, params, train.problems, held_out, rule),
+        expected_first_loss=math.log(2))
 
   model = sessions.load_model(session, start)
-  evaluation_stage(session, 0, engine, model, test(0))
-  write_report(session.run.folder)
+  evaluate(0, model)
   for t in range(1, config.iterations + 1):
-    name = f'iteration_{t:02d}'
-    sample_stage(session, t, engine, model, prompts, Draws(
+    sample_stage(session, t, engine, model, train.prompts, Draws(
         config.samples_per_prompt, config.temperatures[t - 1],
         session.stream_seed(t, sessions.SAMPLE_STREAM), FLAGS.part_prompts))
-    score_stage(session, t, problems, rule)
+    score_stage(session, t, train.problems, rule)
     pair_stage(session, t, 'irpo', functools.partial(
         build_pairs, gold_ids=solutions, config=PairConfig(
             FLAGS.pairs_per_prompt, FLAGS.gold_in_winners, FLAGS.dedup, FLAGS.max_pairs, longest,
             session.stream_seed(t, sessions.PAIR_STREAM))))
     reference_stage(session, t, model, lengths, FLAGS.score_batch)
     pairs = training_pairs(session, t, model)
-    def batches(rows):
-      return shuffled_batches(
-          rows, batch_size=FLAGS.batch_size, seed=session.stream_seed(t, sessions.TRAIN_STREAM),
-          collate=functools.partial(
-              pair_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
-
-    def loop(rows):
-      steps = math.ceil(config.epochs * len(rows) / FLAGS.batch_size)
-      return LoopConfig(min(steps, config.max_steps or steps), FLAGS.log_every, FLAGS.save_every)
-
     schedule = loop(pairs)
     if held_out:
-      rest = [p for p, row in zip(pairs, read_pairs(session, t), strict=True)
-              if row['prompt_id'] not in held_out]
-      best = select_stage(
-          session, t, model, trainer, batches(rest), loop(rest), lambda params: greedy_accuracy(
-              session, engine, params, problems,
-              [p for p in prompts if p.prompt_id in held_out], rule),
-          expected_first_loss=math.log(2))
-      schedule = dataclasses.replace(schedule, steps=best)
-    train_stage(session, f'{name}/train', t, model, trainer, batches(pairs), schedule,
+      schedule = dataclasses.replace(schedule, steps=best_steps(t, model, pairs))
+    name = f'iteration_{t:02d}'
+    train_stage(session, f'{name}/train', t, model, trainer, batches(t, pairs), schedule,
                 expected_first_loss=math.log(2))
     model = sessions.load_model(session, session.run.path(f'{name}/train', f'{name}/model'))
-    evaluation_stage(session, t, engine, model, test(t))
-    write_report(session.run.folder)
-  return irpo_table.rows(session)
+    evaluate(t, model)
 
 
 def main(argv) -> None:
   del argv
   config = irpo_flags.check()
   keep_pages()
+  programs = count_programs()
   progress = Progress()
-  run_dir = FLAGS.run_dir or 'runs/irpo'
   mesh = common_flags.mesh_from_flags()
-  with open_run(run_dir, flags=irpo_flags.effective(), versions=current_versions(),
-                free_flags=common_flags.FREE_FLAGS) as run, jax.set_mesh(mesh):
+  with open_run(FLAGS.run_dir or 'runs/irpo', flags=irpo_flags.effective(),
+                versions=current_versions(), free_flags=common_flags.FREE_FLAGS) as run, \
+       jax.set_mesh(mesh):
     if FLAGS.model is None:
       folder = world.world_stage(run, FLAGS.seed)
       start = folder / 'start'
-      paths = [folder / f'{split}.jsonl' for split in ('train', 'test', 'dev')]
+      paths = {split: folder / f'{split}.jsonl' for split in ('train', 'test', 'dev')}
     else:
-      start, paths = epath.Path(FLAGS.model), [epath.Path(FLAGS.train), epath.Path(FLAGS.test)]
+      start = epath.Path(FLAGS.model)
+      paths = {'train': epath.Path(FLAGS.train), 'test': epath.Path(FLAGS.test)}
     model, tokenizer = sessions.open_model_folder(start)
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
-                        common_flags.compute_policy(), FLAGS.seed)
-      rows = iterate(session, config, start, *paths)
-      irpo_table.show(session, rows)
-    progress.line(f'report: {run.folder / "report.html"}')
+                        common_flags.compute_policy(), FLAGS.seed, programs)
+      iterate(session, config, start, paths)
+      irpo_table.show(session, irpo_table.rows(session))
+    progress.line(f'{programs()} programs compiled, peak memory {peak_memory() / 2**30:.2f} GiB; '
+                  f'report: {run.folder / "report.html"}')
 
 
 if __name__ == '__main__':

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from experiments import common_flags, data_flags, world
+from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.preferences.irpo import GOLD_POLICIES
 from jaxrl.rewards.checking import AnswerRule
 from jaxrl.sampling.requests import SamplingConfig
+from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
+MODULES = (common_flags, data_flags, world, sys.modules[__name__])
 WORLD_FLAGS = Path(__file__).parent / 'flags' / 'irpo_world.flags'
 
 flags.DEFINE_integer('iterations', 3, 'Iterations.', lower_bound=1)
 flags.DEFINE_integer('samples_per_prompt', 8, 'Responses drawn per training prompt (N).',
                      lower_bound=1)
 flags.DEFINE_list('temperature', ['0.8'], 'Sampling temperature per iteration; the last repeats.')
-flags.DEFINE_float('top_p', 1.0, 'Nucleus of the training samples; 1 keeps everything.')
+flags.DEFINE_float('top_p', 1.0, 'Nucleus of all draws but greedy ones; 1 keeps everything.')
 flags.DEFINE_integer('max_new_tokens', 512, 'Longest response, in ids.', lower_bound=1)
 flags.DEFINE_integer('max_prompt_length', 512, 'Longest prompt, in ids.', lower_bound=1)
 flags.DEFINE_integer('pairs_per_prompt', 10, 'Pairs per prompt (K).', lower_bound=1)
@@ -62,11 +67,38 @@ class IrpoConfig:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Reads the flags; without --model the settings of the embedded world come first."""
-  given = FLAGS.read_flags_from_files(argv[1:])
-  has_model = any(a.lstrip('-').split('=')[0] == 'model' for a in given)
-  defaults = [] if has_model else [f'--flagfile={WORLD_FLAGS}']
-  return FLAGS([argv[0], *defaults, *given])
+  """Reads the flags; without --model the settings of the embedded world are the defaults."""
+  rest = FLAGS(argv)
+  if FLAGS.model is None:
+    common_flags.set_defaults(WORLD_FLAGS)
+  return rest
+
+
+def without_effect() -> dict[str, str]:
+  """Flags that the values of the others leave without effect, and why."""
+  task = TASKS[FLAGS.task]
+  idle = {}
+  if FLAGS.model is None:
+    own = ('train', 'test', 'prompt_field', 'answer_field', 'id_field', 'template')
+    idle |= dict.fromkeys(own, 'the embedded world has its own problems')
+    if FLAGS.task != 'world':
+      idle['task'] = 'the embedded world has its own task'
+    if FLAGS.seed_accuracy == 0:
+      idle['seed_max_steps'] = '--seed_accuracy=0 ends it at the first look'
+  else:
+    idle |= dict.fromkeys((flag.name for flag in FLAGS.get_flags_for_module(world)),
+                          '--model is given, so there is no embedded world')
+  if task.gold_solution is None and FLAGS.gold_in_winners != 'never':
+    idle['gold_in_winners'] = f'problems of --task={FLAGS.task} have no worked solutions'
+  if task.answer_kind != 'math':
+    idle['check_timeout'] = f'--task={FLAGS.task} compares no expressions'
+  if FLAGS.pairs_per_prompt == 1 and FLAGS.dedup:
+    idle['dedup'] = '--pairs_per_prompt=1'
+  if FLAGS.votes == 0:
+    idle['vote_temperature'] = '--votes=0'
+  if FLAGS.nll_alpha == 0:
+    idle['nll_reduction'] = '--nll_alpha=0'
+  return idle
 
 
 def check() -> IrpoConfig:
@@ -75,16 +107,12 @@ def check() -> IrpoConfig:
   Raises:
     InputError: a value out of range, or a flag that the others leave without effect.
   """
-  on_world = FLAGS.model is None
-  refuse = common_flags.refuse
-  if on_world:
+  for name, why in without_effect().items():
+    common_flags.refuse(FLAGS[name].present > 0, name, why)
+  common_flags.check_finite(*MODULES)
+  if FLAGS.model is None:
     world.check_flags()
-    for name in ('train', 'test', 'prompt_field', 'answer_field', 'id_field', 'template'):
-      refuse(FLAGS[name].value is not None, name, 'the embedded world has its own problems')
-    refuse(FLAGS.task != 'world', 'task', 'the embedded world has its own task')
   else:
-    for flag in FLAGS.get_flags_for_module(world):
-      refuse(flag.present > 0, flag.name, '--model is given, so there is no embedded world')
     for name in ('train', 'test'):
       if FLAGS[name].value is None:
         raise InputError('a model needs problems', where=f'--{name}', expected='a file',
@@ -92,9 +120,6 @@ def check() -> IrpoConfig:
   if FLAGS.over_length == 'truncate':
     raise InputError('prompts are never cut', where='--over_length', expected='error or drop',
                      found='truncate')
-  refuse(FLAGS.votes == 0 and FLAGS['vote_temperature'].present > 1, 'vote_temperature',
-         '--votes=0')
-  refuse(FLAGS.nll_alpha == 0 and FLAGS.nll_reduction != 'seq', 'nll_reduction', '--nll_alpha=0')
   if FLAGS.beta <= 0:
     raise InputError('beta out of range', where='--beta', expected='a number > 0', found=FLAGS.beta)
   if FLAGS.epochs <= 0:
@@ -107,6 +132,13 @@ def check() -> IrpoConfig:
   if min(temperatures) <= 0:
     raise InputError('all samples of a prompt would be the same', where='--temperature',
                      expected='numbers > 0', found=temperatures)
+  if FLAGS.votes > 1 and FLAGS.vote_temperature == 0:
+    raise InputError('all votes on a problem would be the same', where='--vote_temperature',
+                     expected='a number > 0, or --votes=0', found=0)
+  if FLAGS.max_steps is not None and FLAGS.max_steps <= FLAGS.warmup_steps:
+    raise InputError('the warm-up leaves no step at full learning rate', where='--warmup_steps',
+                     expected=f'fewer than --max_steps={FLAGS.max_steps}',
+                     found=FLAGS.warmup_steps)
   # alpha = 0 leaves no NLL term at all: the loss is plain DPO, not DPO plus a zero.
   loss = 'irpo' if FLAGS.nll_alpha else 'dpo'
   options = {'beta': FLAGS.beta}
@@ -120,9 +152,19 @@ def check() -> IrpoConfig:
       rule=data_flags.answer_rule(), epochs=FLAGS.epochs, max_steps=FLAGS.max_steps)
 
 
-def effective() -> dict[str, str]:
-  """Flags for the run folder; those of the embedded world only where it is used."""
-  modules = [common_flags, data_flags, __import__(__name__, fromlist=['_'])]
+def check_devices(mesh: jax.sharding.Mesh) -> None:
+  """Raises InputError where rows do not divide over the devices of the mesh."""
+  check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
+             micro_batches=FLAGS.micro_batches, mesh=mesh)
+  common_flags.check_multiple('score_batch', mesh)
   if FLAGS.model is None:
-    modules.append(world)
-  return common_flags.effective_flags(*modules)
+    common_flags.check_multiple('seed_batch_size', mesh)
+
+
+def effective() -> dict[str, str]:
+  """Flags for the run folder: all that have an effect."""
+  idle = without_effect()
+  return {
+      name: text for name, text in common_flags.effective_flags(*MODULES).items()
+      if name not in idle
+  }

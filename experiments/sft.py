@@ -37,7 +37,7 @@ from jaxrl.runs import session as sessions
 from jaxrl.runs import tables
 from jaxrl.runs.folder import current_versions, open_run
 from jaxrl.runs.metrics import MetricsLog
-from jaxrl.runs.process import keep_pages
+from jaxrl.runs.process import count_programs, keep_pages
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.report import write_report
 from jaxrl.runs.session import Session
@@ -247,6 +247,7 @@ def main(argv) -> None:
   del argv
   sft_flags.check()
   keep_pages()
+  programs = count_programs()
   progress = Progress()
   mesh = common_flags.mesh_from_flags()
   with open_run(FLAGS.run_dir or 'runs/sft', flags=sft_flags.effective(),
@@ -265,7 +266,7 @@ def main(argv) -> None:
     progress.line(f'{start}: {count_params(model):,} parameters')
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
-                        common_flags.compute_policy(), FLAGS.seed)
+                        common_flags.compute_policy(), FLAGS.seed, programs)
       session.record(0, 'data', counts)
       folder = fine_tune(session, start)
     write_report(run.folder)

@@ -16,14 +16,14 @@ from etils import epath
 
 from experiments import common_flags
 from jaxrl.data.batches import TokenRow, sequence_arrays, shuffled_batches
-from jaxrl.data.readers import read_problems
-from jaxrl.data.tasks import TASKS
 from jaxrl.data.world import SPLITS, problems
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
 from jaxrl.models.params import init_params, param_shardings
+from jaxrl.rewards.checking import AnswerRule
 from jaxrl.runs.evaluation_stage import greedy_accuracy
+from jaxrl.runs.problem_set import ProblemSet
 from jaxrl.runs.session import TRAIN_STREAM, Session, load_model
 from jaxrl.runs.stages import Run
 from jaxrl.runs.train_stage import make_trainer, train_stage
@@ -49,6 +49,7 @@ flags.DEFINE_float('seed_accuracy', 0.4, 'Greedy dev accuracy at which the seed 
                    lower_bound=0.0, upper_bound=1.0)
 flags.DEFINE_integer('seed_max_steps', 600, 'Most steps of the seed.', lower_bound=1)
 flags.DEFINE_integer('seed_check_every', 20, 'Steps between looks at its accuracy.', lower_bound=1)
+flags.DEFINE_integer('seed_first_check', 120, 'Steps before the first look.', lower_bound=1)
 flags.DEFINE_float('seed_learning_rate', 3e-3, 'Learning rate of the seed.', lower_bound=0.0)
 flags.DEFINE_integer('seed_batch_size', 64, 'Examples per step of the seed.', lower_bound=1)
 
@@ -112,7 +113,8 @@ def seed_rows(session: Session, world: epath.Path) -> list[TokenRow]:
 
 
 def seed_stage(
-    session: Session, world: epath.Path, engine: Engine, rule, dev_prompts, lengths
+    session: Session, world: epath.Path, engine: Engine, rule: AnswerRule, dev: ProblemSet,
+    lengths: tuple[int, ...],
 ) -> epath.Path:
   """Stage 'seed/train': SFT until the dev accuracy is reached; returns the model folder.
 
@@ -121,13 +123,14 @@ def seed_stage(
   """
   start = load_model(session, world / 'start')
   rows = seed_rows(session, world)
-  dev = {p.prompt_id: p for p in read_problems(world / 'dev.jsonl', TASKS['world'])}
   optimizer = OptimizerConfig(FLAGS.seed_learning_rate, warmup_steps=20)
   trainer = make_trainer(sft_objective(session.model, session.compute), optimizer, 1)
   every, limit = FLAGS.seed_check_every, FLAGS.seed_max_steps
 
   def stop(step: int, params: dict) -> bool:
-    numbers = greedy_accuracy(session, engine, params, dev, dev_prompts, rule)
+    if step < min(FLAGS.seed_first_check, limit):
+      return False
+    numbers = greedy_accuracy(session, engine, params, dev.problems, dev.prompts, rule)
     session.metrics.rewind(0, 'seed', step - 1)
     session.metrics.write(0, 'seed', step, numbers)
     session.metrics.sync()

@@ -13,6 +13,7 @@ from jaxrl.evaluation.accuracy import majority_correct
 from jaxrl.evaluation.statistics import proportion
 from jaxrl.rewards.checking import AnswerRule, Verdict
 from jaxrl.runs import tables
+from jaxrl.runs.process import peak_memory
 from jaxrl.runs.sample_stage import Draws, draw_rows
 from jaxrl.runs.score_stage import check_rows
 from jaxrl.runs.session import Model, Session
@@ -62,7 +63,8 @@ def evaluation_stage(
         ]
     tables.write_table(scratch / 'evaluation.parquet', rows, tables.EVALUATION)
     summary = summarise(rows)
-    session.record(iteration, 'evaluate', summary)
+    session.record(iteration, 'evaluate', summary | {
+        'perf/compiled_programs': session.programs(), 'perf/peak_memory_bytes': peak_memory()})
     return summary
 
   return session.run.stage(name, (f'{name}.parquet',), produce).counts

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 import sys
+from collections.abc import Callable
+
+import jax
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -24,3 +28,25 @@ def keep_pages() -> None:
   mallopt(_M_MMAP_THRESHOLD, 1 << 30)
   mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
   mallopt(_M_ARENA_MAX, 1)
+
+
+def count_programs() -> Callable[[], int]:
+  """Starts counting the programs XLA compiles; the result gives the number so far.
+
+  A number that grows with the data means shapes that were not meant to vary.
+  """
+  seen = [0]
+
+  def on_event(event: str, duration: float, **kwargs) -> None:
+    del duration, kwargs
+    if event == '/jax/core/compile/backend_compile_duration':
+      seen[0] += 1
+
+  jax.monitoring.register_event_duration_secs_listener(on_event)
+  return lambda: seen[0]
+
+
+def peak_memory() -> int:
+  """Largest resident size of this process so far, in bytes."""
+  kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return kilobytes if sys.platform == 'darwin' else 1024 * kilobytes

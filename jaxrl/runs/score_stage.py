@@ -32,8 +32,8 @@ def check_rows(
   ]
 
 
-def check_gold(problems: list[Problem], rule: AnswerRule, where: str) -> int:
-  """How many gold answers cannot be parsed; their prompts are excluded from every score.
+def check_gold(problems: list[Problem], rule: AnswerRule, where: str) -> set[str]:
+  """Ids of problems whose gold answer cannot be parsed.
 
   Raises:
     InputError: more than 1 percent of them, naming the first rows.
@@ -45,7 +45,7 @@ def check_gold(problems: list[Problem], rule: AnswerRule, where: str) -> int:
         expected=f'at most 1 percent of {len(problems)} rows',
         found=f'{len(bad)}, first {bad[0].where or bad[0].prompt_id}: {bad[0].gold[-60:]!r}',
         fix='Check --task and --answer_field')
-  return len(bad)
+  return {p.prompt_id for p in bad}
 
 
 def score_stage(

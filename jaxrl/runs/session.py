@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from etils import epath
@@ -37,6 +37,7 @@ class Session:
   tokenizer: Tokenizer
   compute: ComputePolicy
   seed: int
+  programs: Callable[[], int]   # XLA programs compiled by this process so far
 
   def stream_seed(self, iteration: int, stream: int) -> int:
     """A seed of 32 bits for one kind of draw in one iteration."""

@@ -85,6 +85,14 @@ def init_state(params: dict, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+  """[B, ...] -> [parts, B / parts, ...], part j holding the rows j, j + parts, ...
+
+  Strided, because each part then has as many rows on every device as the others and none moves.
+  """
+  return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -115,14 +123,16 @@ def train_step(
   if micro_batches == 1:
     grads, metrics = grad_of(state.params, batch)
   else:
-    parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_of, state.params, first))
+    parts = jax.tree.map(lambda x: _split_rows(x, micro_batches), batch)
 
     def add(carry, part):
       return jax.tree.map(jnp.add, carry, grad_of(state.params, part)), None
 
+    first = jax.tree.map(lambda x: x[0], parts)
+    _, shapes = jax.eval_shape(grad_of, state.params, first)
+    # Gradients lie where their parameters lie; what is carried must be laid out alike.
+    zeros = (jax.tree.map(jnp.zeros_like, state.params),
+             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
 
   grad_norm = optax.global_norm(grads)
