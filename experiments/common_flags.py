@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -178,28 +178,32 @@ def set_defaults(path: str | os.PathLike[str]) -> None:
 def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -> None:
   """`app.run`, but what the user can mend is one sentence on stderr and exit status 2."""
 
-  def parse(argv):
-    try:
-      rest = (parser or FLAGS)(argv)
-    except (flags.Error, InputError) as error:
-      _end(error)
-    if len(rest) > 1:
-      _end(InputError('this is not a flag', where=repr(rest[1]), expected='--name=value',
-                      fix='A flag of its own switches on as --name and off as --noname'))
-    return rest
-
-  def guarded(argv):
+  def quiet(argv):
     if not FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)   # libraries log every file they touch at INFO
+    main(argv)
+
+  app.run(ends_with_sentence(quiet), flags_parser=ends_with_sentence(
+      lambda argv: _only_flags((parser or FLAGS)(argv))))
+
+
+def ends_with_sentence(function: Callable) -> Callable:
+  """The function, ending the process with status 2 on errors of the user's flags and files."""
+
+  @functools.wraps(function)
+  def guarded(*args):
     try:
-      main(argv)
-    except InputError as error:
-      _end(error)
+      return function(*args)
+    except (flags.Error, InputError) as error:
+      text = ' '.join(str(error).split()).removeprefix('ERROR:: ')
+    print(f'error: {text}', file=sys.stderr)
+    sys.exit(2)
 
-  app.run(guarded, flags_parser=parse)
+  return guarded
 
 
-def _end(error: Exception) -> NoReturn:
-  text = ' '.join(str(error).split()).removeprefix('ERROR:: ')
-  print(f'error: {text}', file=sys.stderr)
-  sys.exit(2)
+def _only_flags(argv: list[str]) -> list[str]:
+  if len(argv) > 1:
+    raise InputError('this is not a flag', where=repr(argv[1]), expected='--name=value',
+                     fix='A flag that is on or off is written --name or --noname')
+  return argv

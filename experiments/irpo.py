@@ -22,6 +22,7 @@ from etils import epath
 
 from experiments import common_flags, data_flags, irpo_flags, irpo_table, world
 from jaxrl.data.batches import pair_arrays, shuffled_batches
+from jaxrl.errors import InputError
 from jaxrl.preferences.irpo import PairConfig, build_pairs
 from jaxrl.runs import session as sessions
 from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage, greedy_accuracy
@@ -37,6 +38,7 @@ from jaxrl.runs.sample_stage import Draws, sample_stage
 from jaxrl.runs.score_stage import score_stage
 from jaxrl.runs.select_stage import select_stage
 from jaxrl.runs.session import Session
+from jaxrl.runs.shift_stage import shift_stage
 from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.sampling.engine import EngineConfig, make_engine
 from jaxrl.training.loop import LoopConfig, check_loop
@@ -71,6 +73,14 @@ def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
   train, test = sets['train'], sets['test']
   solutions = gold_response_ids(session, train.problems) \
       if FLAGS.gold_in_winners != 'never' else {}
+  if FLAGS.gold_in_winners != 'never' and not solutions:
+    raise InputError('no problem has a worked solution', where=paths['train'],
+                     expected='some for --gold_in_winners', found='none',
+                     fix='Leave --gold_in_winners out')
+  if FLAGS.dev_prompts >= len(train.prompts):
+    raise InputError('no prompt would be left to train on', where='--dev_prompts',
+                     expected=f'fewer than the {len(train.prompts)} prompts of {paths["train"]}',
+                     found=FLAGS.dev_prompts)
   held_out = train.held_out(FLAGS.dev_prompts, FLAGS.seed)
   trainer = make_trainer(
       preference_objective(config.loss, config.loss_options, session.model, session.compute),
@@ -120,7 +130,9 @@ def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
     name = f'iteration_{t:02d}'
     train_stage(session, f'{name}/train', t, model, trainer, batches(t, pairs), schedule,
                 expected_first_loss=math.log(2))
-    model = sessions.load_model(session, session.run.path(f'{name}/train', f'{name}/model'))
+    trained = sessions.load_model(session, session.run.path(f'{name}/train', f'{name}/model'))
+    shift_stage(session, t, model, trained, lengths, FLAGS.score_batch)
+    model = trained
     evaluate(t, model)
 
 
@@ -131,6 +143,7 @@ def main(argv) -> None:
   programs = count_programs()
   progress = Progress()
   mesh = common_flags.mesh_from_flags()
+  irpo_flags.check_devices(mesh)
   with open_run(FLAGS.run_dir or 'runs/irpo', flags=irpo_flags.effective(),
                 versions=current_versions(), free_flags=common_flags.FREE_FLAGS) as run, \
        jax.set_mesh(mesh):

@@ -1,8 +1,8 @@
 """IRPO with and without its NLL term on the embedded world, over several seeds.
 
-`python -m experiments.irpo_ablation --seeds=0,1,2` runs `experiments.irpo` twice per seed, with
---nll_alpha=1 and with 0, from the same seed model and with the same first samples, and prints what
-the paper claims beside what is seen. Verdicts are computed from the run folders. Every run resumes;
+`python -m experiments.irpo_ablation --seeds=0,1,2` runs `experiments.irpo` twice per seed, with the
+world's --nll_alpha and with 0, from the same seed model and with the same first samples, and prints
+what the paper claims beside what is seen. Verdicts are computed from the run folders. Every run resumes;
 the same command again goes on where it stopped.
 """
 
@@ -18,9 +18,8 @@ from etils import epath
 
 from experiments import common_flags, irpo_flags
 from jaxrl.errors import InputError
-from jaxrl.evaluation.statistics import Estimate, mean_over_seeds, paired_difference
+from jaxrl.evaluation.statistics import Estimate, mean_estimate, paired_difference
 from jaxrl.runs.manifest import read_manifest
-from jaxrl.runs.metrics import read_metrics
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.tables import EVALUATION, read_table
 
@@ -65,19 +64,13 @@ def last_iteration(folder: epath.Path) -> int:
   return max(int(name[10:12]) for name in stages if name.endswith('/evaluation'))
 
 
-def chosen_change(folder: epath.Path, beta: float) -> list[float]:
-  """Per iteration the mean log-ratio of chosen responses to the start, in nats per response.
-
-  From the last training log: rewards/chosen = beta * (log pi - log pi_start). Above 0: it rose.
-  """
-  last: dict[int, float] = {}
-  for record in read_metrics(folder / 'metrics.jsonl'):
-    if record['stage'] == 'train' and record['iteration'] > 0:
-      last[record['iteration']] = record['rewards/chosen'] / beta
-  return [last[n] for n in sorted(last)]
+def shifts(folder: epath.Path) -> list[Mapping]:
+  """Per iteration how training moved the log-probs of chosen and rejected responses."""
+  stages = read_manifest(folder)
+  return [stages[name].counts for name in sorted(stages) if name.endswith('/shift')]
 
 
-def summarise(folders: Mapping[int, Mapping[str, epath.Path]], beta: float) -> dict:
+def summarise(folders: Mapping[int, Mapping[str, epath.Path]]) -> dict:
   """Everything the tables and verdicts are made of."""
   seeds = []
   for seed, by_variant in folders.items():
@@ -93,7 +86,7 @@ def summarise(folders: Mapping[int, Mapping[str, epath.Path]], beta: float) -> d
               sum(greedy(folder, n).values()) / len(base)
               for n in range(last_iteration(folder) + 1)],
           'gain': difference.value, 'gain_low': difference.low, 'gain_high': difference.high,
-          'chosen_logp_change': chosen_change(folder, beta)}
+          'shifts': shifts(folder)}
     nll = compare(finals['without NLL'], finals['with NLL'])
     row['nll_effect'] = {'value': nll.value, 'low': nll.low, 'high': nll.high}
     seeds.append(row)
@@ -104,8 +97,8 @@ def verdicts(seeds: list[dict]) -> dict[str, dict]:
   """Each claim with its figure over seeds and whether it holds."""
   gains = [row['with NLL']['gain'] for row in seeds]
   effects = [row['nll_effect']['value'] for row in seeds]
-  rises = [x for row in seeds for x in row['with NLL']['chosen_logp_change']]
-  falls = [x for row in seeds for x in row['without NLL']['chosen_logp_change']]
+  rises = [x for row in seeds for x in row['with NLL']['shifts']]
+  falls = [x for row in seeds for x in row['without NLL']['shifts']]
   return {
       'every seed model starts between 30% and 60%': _verdict(
           all(0.3 <= row['seed_accuracy'] <= 0.6 for row in seeds),
@@ -117,12 +110,12 @@ def verdicts(seeds: list[dict]) -> dict[str, dict]:
               f'{100 * row["with NLL"]["gain"]:+.1f} [{100 * row["with NLL"]["gain_low"]:+.1f}, '
               f'{100 * row["with NLL"]["gain_high"]:+.1f}]' for row in seeds)),
       'with NLL the log-prob of chosen responses rises in training': _verdict(
-          min(rises) > 0, _range(rises)),
+          all(x['chosen/change_low'] > 0 for x in rises), _range(rises)),
       'without NLL the log-prob of chosen responses falls in training': _verdict(
-          max(falls) < 0, _range(falls)),
+          all(x['chosen/change_high'] < 0 for x in falls), _range(falls)),
       'accuracy ends lower without NLL': _verdict(
           all(row['nll_effect']['low'] > 0 for row in seeds)
-          or (len(effects) > 1 and mean_over_seeds(effects).low > 0),
+          or (len(effects) > 1 and mean_estimate(effects).low > 0),
           f'with minus without {_points(effects)}; per seed ' + ', '.join(
               f'{100 * row["nll_effect"]["value"]:+.1f} [{100 * row["nll_effect"]["low"]:+.1f}, '
               f'{100 * row["nll_effect"]["high"]:+.1f}]' for row in seeds)),
@@ -136,13 +129,15 @@ def _verdict(holds: bool, seen: str) -> dict:
 def _points(values: list[float]) -> str:
   if len(values) < 2:
     return f'{100 * values[0]:+.1f} points'
-  estimate = mean_over_seeds(values)
+  estimate = mean_estimate(values)
   return (f'mean {100 * estimate.value:+.1f} points, 95% interval over seeds '
           f'[{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]')
 
 
-def _range(values: list[float]) -> str:
-  return f'{min(values):+.2f} to {max(values):+.2f} nats per response over all iterations and seeds'
+def _range(changes: list[Mapping]) -> str:
+  values = [x['chosen/change'] for x in changes]
+  return (f'{min(values):+.2f} to {max(values):+.2f} nats per response over '
+          f'{len(values)} iterations of all seeds')
 
 
 def main(argv) -> None:
@@ -157,35 +152,29 @@ def main(argv) -> None:
   for seed in seeds:
     first = output / f'seed_{seed}_with_nll'
     second = output / f'seed_{seed}_without_nll'
-    start_run(first, [f'--seed={seed}', '--nll_alpha=1'])
+    start_run(first, [f'--seed={seed}'])
     start_run(second, [
         f'--flagfile={irpo_flags.WORLD_FLAGS}', f'--seed={seed}', '--nll_alpha=0',
         f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
         f'--test={first}/world/test.jsonl'])
     folders[seed] = {'with NLL': first, 'without NLL': second}
-  beta = _beta(folders[seeds[0]]['with NLL'])
-  summary = summarise(folders, beta)
+  summary = summarise(folders)
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))
   show(summary)
-
-
-def _beta(folder: epath.Path) -> float:
-  for line in (folder / 'flags.flags').read_text().splitlines():
-    if line.startswith('--beta='):
-      return float(line.partition('=')[2])
-  raise InputError('the run does not say its beta', where=folder / 'flags.flags')
 
 
 def show(summary: Mapping) -> None:
   progress = Progress()
   progress.table(
       'Greedy accuracy on held-out problems, %',
-      ('seed', 'variant', 'by iteration', 'gain [95%]', 'chosen log-prob change by iteration'),
+      ('seed', 'variant', 'by iteration', 'gain [95%]', 'chosen log-prob change',
+       'rejected log-prob change'),
       [[row['seed'], variant,
         ' '.join(f'{100 * x:.1f}' for x in row[variant]['by_iteration']),
         f'{100 * row[variant]["gain"]:+.1f} [{100 * row[variant]["gain_low"]:+.1f}, '
         f'{100 * row[variant]["gain_high"]:+.1f}]',
-        ' '.join(f'{x:+.2f}' for x in row[variant]['chosen_logp_change'])]
+        ' '.join(f'{x["chosen/change"]:+.2f}' for x in row[variant]['shifts']),
+        ' '.join(f'{x["rejected/change"]:+.2f}' for x in row[variant]['shifts'])]
        for row in summary['seeds'] for variant in VARIANTS])
   progress.table('Claims', ('claim', 'verdict', 'seen'),
                  [[claim, v['verdict'], v['seen']] for claim, v in summary['verdicts'].items()])

@@ -83,8 +83,6 @@ def without_effect() -> dict[str, str]:
     idle |= dict.fromkeys(own, 'the embedded world has its own problems')
     if FLAGS.task != 'world':
       idle['task'] = 'the embedded world has its own task'
-    if FLAGS.seed_accuracy == 0:
-      idle['seed_max_steps'] = '--seed_accuracy=0 ends it at the first look'
   else:
     idle |= dict.fromkeys((flag.name for flag in FLAGS.get_flags_for_module(world)),
                           '--model is given, so there is no embedded world')

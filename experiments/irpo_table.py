@@ -1,4 +1,4 @@
-"""The table that ends an IRPO run, read back from the run folder."""
+"""The tables that end an IRPO run, read back from the run folder."""
 
 from __future__ import annotations
 
@@ -9,43 +9,56 @@ from jaxrl.runs.evaluation_stage import read_evaluation
 from jaxrl.runs.metrics import read_metrics
 from jaxrl.runs.session import Session
 
-COLUMNS = (
-    'iteration', 'greedy % [95%]', 'majority %', 'pairs', 'all correct', 'all wrong',
-    'logp chosen', 'logp rejected', 'length', 'sample s', 'score s', 'pair s', 'reference s',
-    'train s', 'evaluate s', 'sample tok/s', 'train tok/s')
-STAGES = ('samples', 'scores', 'pairs', 'reference', 'train', 'evaluation')
+# Three narrow tables: one with all columns is readable neither on a terminal nor in a file.
+RESULTS = ('iteration', 'greedy % [95%]', 'majority %', 'length', 'pairs', 'all correct',
+           'all wrong')
+TRAINING = ('iteration', 'logp chosen', 'logp rejected', 'sample tokens/s', 'train tokens/s')
+STAGES = {'sample': 'samples', 'score': 'scores', 'pair': 'pairs', 'reference': 'reference',
+          'select': 'select', 'train': 'train', 'evaluate': 'evaluation'}
 
 
-def rows(session: Session) -> list[list]:
-  """One row per iteration; log-probs are those of the last training log."""
+def rows(session: Session) -> list[dict[str, str]]:
+  """One row per iteration, cells by column; log-probs are those of the last training log."""
   entries = session.run.entries
   records = read_metrics(session.run.folder / 'metrics.jsonl')
   table = []
   iteration = 0
   while (name := f'iteration_{iteration:02d}') + '/evaluation' in entries:
     score: Mapping = entries[f'{name}/evaluation'].counts
-    last = [r for r in records if r['iteration'] == iteration and r['stage'] == 'train']
     pairs = entries[f'{name}/pairs'].counts if f'{name}/pairs' in entries else {}
-    seconds = [_seconds(entries, f'{name}/{stage}') for stage in STAGES]
-    samples = entries.get(f'{name}/samples')
-    train = last[-1] if last and iteration else {}
-    table.append([
-        iteration,
-        f'{100 * score["greedy_accuracy"]:.1f} [{100 * score["greedy_low"]:.1f}, '
-        f'{100 * score["greedy_high"]:.1f}]',
-        _number(score.get('majority_accuracy'), 100), pairs.get('pairs/count', '-'),
-        pairs.get('pairs/prompts_all_correct', '-'), pairs.get('pairs/prompts_all_wrong', '-'),
-        _number(train.get('logps/chosen')), _number(train.get('logps/rejected')),
-        _number(score['length']), *seconds,
-        _number(samples and samples.counts['tokens'] / max(samples.seconds, 1e-9)),
-        _number(train.get('perf/tokens_per_second'))])
+    # Iteration 0 has records of the seed's training, which are not preference training.
+    last = {r['stage']: r for r in records if r['iteration'] == iteration} if iteration else {}
+    train, sample = last.get('train', {}), last.get('sample', {})
+    low, high = score['greedy_low'], score['greedy_high']
+    table.append({
+        'iteration': str(iteration),
+        'greedy % [95%]': f'{_tenths(score["greedy_accuracy"], 100)} '
+                          f'[{_tenths(low, 100)}, {_tenths(high, 100)}]',
+        'majority %': _tenths(score.get('majority_accuracy'), 100),
+        'length': _tenths(score['length']),
+        'pairs': str(pairs.get('pairs/count', '-')),
+        'all correct': str(pairs.get('pairs/prompts_all_correct', '-')),
+        'all wrong': str(pairs.get('pairs/prompts_all_wrong', '-')),
+        'logp chosen': _tenths(train.get('logps/chosen')),
+        'logp rejected': _tenths(train.get('logps/rejected')),
+        'sample tokens/s': _whole(sample.get('perf/tokens_per_second')),
+        'train tokens/s': _whole(train.get('perf/tokens_per_second'))} | {
+        column: _tenths(entries[f'{name}/{stage}'].seconds if f'{name}/{stage}' in entries else None)
+        for column, stage in STAGES.items()})
     iteration += 1
   return table
 
 
-def show(session: Session, table: list[list]) -> None:
-  """Prints the table and the paired difference between the last model and the first."""
-  session.progress.table('IRPO', COLUMNS, table)
+def show(session: Session, table: list[dict[str, str]]) -> None:
+  """Prints the tables and the paired difference between the last model and the first."""
+  stages = [column for column in STAGES if any(row[column] != '-' for row in table)]
+  for title, columns in (
+      ('IRPO: answers of each model, and the prompts and pairs it was trained on', RESULTS),
+      ('IRPO: mean log-prob of responses at the end of training, and speed', TRAINING),
+      ('IRPO: seconds per stage', ('iteration', *stages))):
+    width = {column: max(len(row[column]) for row in table) for column in columns}
+    session.progress.table(
+        title, columns, [[row[c].rjust(width[c]) for c in columns] for row in table])
   before, after = (_greedy(session, n) for n in (0, len(table) - 1))
   difference = paired_difference([before[key] for key in sorted(before)],
                                  [after[key] for key in sorted(before)])
@@ -61,9 +74,9 @@ def _greedy(session: Session, iteration: int) -> dict[str, bool]:
   }
 
 
-def _seconds(entries: Mapping, name: str) -> float | str:
-  return round(entries[name].seconds, 1) if name in entries else '-'
+def _tenths(value: float | None, scale: float = 1) -> str:
+  return '-' if value is None else f'{scale * value:.1f}'
 
 
-def _number(value: float | None, scale: float = 1) -> float | str:
-  return '-' if value is None else round(scale * value, 1)
+def _whole(value: float | None) -> str:
+  return '-' if value is None else f'{value:.0f}'

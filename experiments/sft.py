@@ -46,7 +46,7 @@ from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.tokens.prompts import Message, prompt_ids, render_prompt
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.tokens.tokenizer import Tokenizer, load_tokenizer, response_ids
-from jaxrl.training.loop import LoopConfig, check_loop
+from jaxrl.training.loop import LoopConfig
 from jaxrl.training.optimizer import learning_rate_schedule
 from jaxrl.training.score import score_rows
 from jaxrl.training.step import sft_objective
@@ -168,9 +168,9 @@ def data_stage(run: Run) -> Mapping[str, int]:
 
 def read_rows(run: Run, split: str) -> tuple[list[str], list[TokenRow]]:
   """Ids of the rows of a split, and what is trained on or scored."""
-  table = tables.read_table(run.path('sft/data', f'sft/{split}.parquet'), ROWS)
-  ids = zip(table['prompt_ids'].to_numpy(), table['response_ids'].to_numpy(), strict=True)
-  return table['prompt_id'].to_pylist(), [TokenRow(prompt, response) for prompt, response in ids]
+  rows = tables.read_table(run.path('sft/data', f'sft/{split}.parquet'), ROWS).to_pylist()
+  return ([row['prompt_id'] for row in rows],
+          [TokenRow(row['prompt_ids'], row['response_ids']) for row in rows])
 
 
 def held_out_loss(
@@ -207,8 +207,6 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
   steps = math.ceil(FLAGS.epochs * len(rows) / FLAGS.batch_size)
   loop = LoopConfig(min(steps, FLAGS.max_steps or steps), FLAGS.log_every, FLAGS.save_every)
   optimizer = common_flags.optimizer_config()
-  check_loop(loop, batch_size=FLAGS.batch_size, micro_batches=FLAGS.micro_batches,
-             mesh=session.mesh)
   learning_rate_schedule(optimizer, loop.steps)   # a warm-up that is too long is refused here
 
   def held_out_stage(name: str, step: int, folder: epath.Path) -> None:
@@ -250,6 +248,7 @@ def main(argv) -> None:
   programs = count_programs()
   progress = Progress()
   mesh = common_flags.mesh_from_flags()
+  sft_flags.check_devices(mesh)
   with open_run(FLAGS.run_dir or 'runs/sft', flags=sft_flags.effective(),
                 versions=current_versions(),
                 free_flags=common_flags.FREE_FLAGS) as run, jax.set_mesh(mesh):

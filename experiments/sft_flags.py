@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 
+import jax
 from absl import flags
 
 from experiments import common_flags, data_flags
 from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
+from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
+MODULES = (common_flags, data_flags, sys.modules[__name__])
 
 flags.DEFINE_string('response_field', None,
                     'Field of the response; default: response, or else the last message.')
@@ -37,32 +40,38 @@ SOLVED_TASKS = tuple(sorted(name for name, task in TASKS.items() if task.gold_so
 def parse(argv: list[str]) -> list[str]:
   """Reads the flags. Defaults that differ here: rows hold responses, not gold answers, and the
   learning rate is 1e-5 for a checkpoint, 1e-3 for a new model."""
-  given = FLAGS.read_flags_from_files(argv[1:])
-  has_model = any(a.lstrip('-').split('=')[0] == 'model' for a in given)
   FLAGS.set_default('task', None)
-  FLAGS.set_default('learning_rate', 1e-5 if has_model else 1e-3)
-  return FLAGS([argv[0], *given])
+  rest = FLAGS(argv)
+  FLAGS.set_default('learning_rate', 1e-5 if FLAGS.model else 1e-3)
+  return rest
+
+
+def without_effect() -> dict[str, str]:
+  """Flags that the values of the others leave without effect, and why."""
+  idle = {'check_timeout': 'no answers are checked'}
+  if FLAGS.test is None:
+    idle |= dict.fromkeys(('test_limit', 'eval_every'), 'no --test')
+  if FLAGS.task is None:
+    idle |= dict.fromkeys(('answer_field', 'template'), 'no --task')
+  else:
+    idle['response_field'] = f'the response is the worked solution of --task={FLAGS.task}'
+  if FLAGS.model is not None:
+    idle |= dict.fromkeys(NEW_MODEL, '--model is given, so no new model is made')
+  return idle
 
 
 def check() -> None:
   """Raises InputError for a value out of range, or a flag that the others leave without effect."""
+  for name, why in without_effect().items():
+    common_flags.refuse(FLAGS[name].present > 0, name, why)
+  common_flags.check_finite(*MODULES)
   if FLAGS.train is None:
     raise InputError('there is nothing to learn from', where='--train', expected='a file',
                      found='none')
-  refuse = common_flags.refuse
-  refuse(FLAGS['check_timeout'].present > 0, 'check_timeout', 'no answers are checked')
-  for name in ('test_limit', 'eval_every'):
-    refuse(FLAGS.test is None and FLAGS[name].value is not None, name, 'no --test')
-  if FLAGS.task is None:
-    for name in ('answer_field', 'template'):
-      refuse(FLAGS[name].value is not None, name, 'no --task')
-  else:
-    refuse(FLAGS.response_field is not None, 'response_field',
-           f'the response is the worked solution of --task={FLAGS.task}')
-    if FLAGS.task not in SOLVED_TASKS:
-      raise InputError('the task has no worked solutions', where='--task',
-                       expected=f'one of {", ".join(SOLVED_TASKS)}', found=FLAGS.task,
-                       fix='Leave it out and give rows with prompt and response')
+  if FLAGS.task is not None and FLAGS.task not in SOLVED_TASKS:
+    raise InputError('the task has no worked solutions', where='--task',
+                     expected=f'one of {", ".join(SOLVED_TASKS)}', found=FLAGS.task,
+                     fix='Leave it out and give rows with prompt and response')
   if FLAGS.epochs <= 0:
     raise InputError('there is nothing to train', where='--epochs', expected='a number > 0',
                      found=FLAGS.epochs)
@@ -71,12 +80,19 @@ def check() -> None:
                      'repeats it', where='--eval_every',
                      expected=f'a multiple of --save_every={FLAGS.save_every}',
                      found=FLAGS.eval_every)
+  if FLAGS.max_steps is not None and FLAGS.max_steps <= FLAGS.warmup_steps:
+    raise InputError('the warm-up leaves no step at full learning rate', where='--warmup_steps',
+                     expected=f'fewer than --max_steps={FLAGS.max_steps}',
+                     found=FLAGS.warmup_steps)
   if FLAGS.model is None:
     new_config(FLAGS.vocab_size)
-  else:
-    for name in NEW_MODEL:
-      refuse(FLAGS[name].present > 0, name, '--model is given, so no new model is made')
   common_flags.optimizer_config()
+
+
+def check_devices(mesh: jax.sharding.Mesh) -> None:
+  """Raises InputError where a batch does not divide over the devices of the mesh."""
+  check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
+             micro_batches=FLAGS.micro_batches, mesh=mesh)
 
 
 def new_config(vocab_size: int) -> ModelConfig:
@@ -111,7 +127,9 @@ def row_limit(model: ModelConfig) -> int:
 
 
 def effective() -> dict[str, str]:
-  """Flags for the run folder, without those that do nothing here."""
-  found = common_flags.effective_flags(common_flags, data_flags, sys.modules[__name__])
-  unused = ('check_timeout', *(NEW_MODEL if FLAGS.model is not None else ()))
-  return {name: value for name, value in found.items() if name not in unused}
+  """Flags for the run folder: all that have an effect."""
+  idle = without_effect()
+  return {
+      name: text for name, text in common_flags.effective_flags(*MODULES).items()
+      if name not in idle
+  }

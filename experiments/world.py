@@ -54,6 +54,9 @@ flags.DEFINE_float('seed_learning_rate', 3e-3, 'Learning rate of the seed.', low
 flags.DEFINE_integer('seed_batch_size', 64, 'Examples per step of the seed.', lower_bound=1)
 
 VOCABULARY = 400
+SEED_WARMUP = 20
+# Distinct problems of one operation that every split has; each further one gives 20 times as many.
+ONE_STEP_PROBLEMS = 13_000
 FILES = tuple(f'world/{split}.jsonl' for split in SPLITS)
 
 
@@ -123,7 +126,7 @@ def seed_stage(
   """
   start = load_model(session, world / 'start')
   rows = seed_rows(session, world)
-  optimizer = OptimizerConfig(FLAGS.seed_learning_rate, warmup_steps=20)
+  optimizer = OptimizerConfig(FLAGS.seed_learning_rate, warmup_steps=SEED_WARMUP)
   trainer = make_trainer(sft_objective(session.model, session.compute), optimizer, 1)
   every, limit = FLAGS.seed_check_every, FLAGS.seed_max_steps
 
@@ -163,6 +166,18 @@ def check_flags() -> None:
     raise InputError('the last step must be a look', where='--seed_max_steps',
                      expected=f'a multiple of --seed_check_every={FLAGS.seed_check_every}',
                      found=FLAGS.seed_max_steps)
+  if FLAGS.seed_max_steps < SEED_WARMUP:
+    raise InputError('the seed would end in its warm-up', where='--seed_max_steps',
+                     expected=f'at least {SEED_WARMUP}', found=FLAGS.seed_max_steps)
+  if FLAGS.seed_learning_rate == 0:
+    raise InputError('the seed would learn nothing', where='--seed_learning_rate',
+                     expected='a number > 0', found=0)
+  most = ONE_STEP_PROBLEMS * 20 ** (FLAGS.world_max_steps - 1)
+  for split in SPLITS:
+    if FLAGS[f'world_{split}'].value > most:
+      raise InputError('there are not so many different problems', where=f'--world_{split}',
+                       expected=f'at most {most} with --world_max_steps={FLAGS.world_max_steps}',
+                       found=FLAGS[f'world_{split}'].value)
 
 
 def main(argv) -> None:

@@ -65,8 +65,16 @@ def _pad_to(sequences: Sequence[TokenRow], lengths: Sequence[int]) -> int:
 def sequence_arrays(sequences: Sequence[TokenRow], lengths: Sequence[int], pad_id: int) -> Batch:
   """`inputs`, `targets` int32 and `mask` bool, all [B, T].
 
-  Entry t of `targets` follows entry t of `inputs`; `mask` is True where the target is a response id.
+  Entry t of `targets` follows entry t of `inputs`; `mask` is True where that is a response id.
+
+  Raises:
+    InputError: a row has no prompt, so that nothing would predict its first response id, or is
+      longer than every padded length.
   """
+  for row, s in enumerate(sequences):
+    if not s.prompt_ids:
+      raise InputError('the row has no prompt', where=f'row {row} of a batch',
+                       expected='at least one prompt id')
   t = _pad_to(sequences, lengths)
   inputs = np.full((len(sequences), t), pad_id, np.int32)
   targets = np.full((len(sequences), t), pad_id, np.int32)

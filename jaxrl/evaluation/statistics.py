@@ -27,23 +27,34 @@ def proportion(successes: int, n: int) -> Estimate:
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
-  """mean(after) - mean(before) over the same items, with a t interval of the differences.
+  """mean(after) - mean(before) over the same items, with a normal interval of the differences.
 
   Raises:
     ValueError: the two differ in length or hold fewer than two items.
   """
   if len(before) != len(after) or len(before) < 2:
-    raise ValueError(f'need two equally long lists of at least 2; found {len(before)}, {len(after)}')
+    raise ValueError(
+        f'need two equally long lists of at least 2; found {len(before)} and {len(after)}')
   difference = np.asarray(after, float) - np.asarray(before, float)
   mean, error = float(difference.mean()), float(stats.sem(difference))
   if error == 0:
     return Estimate(mean, mean, mean)
-  low, high = stats.t.interval(0.95, len(difference) - 1, loc=mean, scale=error)
+  low, high = stats.norm.interval(0.95, loc=mean, scale=error)
   return Estimate(mean, float(low), float(high))
 
 
-def mean_over_seeds(values: Sequence[float]) -> Estimate:
-  """Mean of one figure over independent seeds with a t interval; needs at least two."""
+def mean_estimate(values: Sequence[float]) -> Estimate:
+  """Mean of independent values with a t interval; a single value has no width.
+
+  Raises:
+    ValueError: no values.
+  """
+  if not len(values):
+    raise ValueError('a mean needs at least one value')
+  if len(values) == 1:
+    return Estimate(float(values[0]), float(values[0]), float(values[0]))
   mean, error = float(np.mean(values)), float(stats.sem(values))
-  low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error) if error else (mean, mean)
+  if error == 0:
+    return Estimate(mean, mean, mean)
+  low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
   return Estimate(mean, float(low), float(high))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import math
 import os
 import re
 import statistics
@@ -21,6 +20,7 @@ from typing import Any
 from etils import epath
 
 from jaxrl.errors import InputError
+from jaxrl.evaluation.statistics import paired_difference, proportion
 from jaxrl.rewards.voting import majority_vote
 from jaxrl.runs import durable, manifest, report_page, report_tables
 from jaxrl.runs.folder import FLAGS, VERSIONS, decode_flags
@@ -36,7 +36,6 @@ _SERIES = (
     'loss', 'rewards/margins', 'rewards/chosen', 'rewards/rejected', 'rewards/accuracies',
     'logps/chosen', 'logps/rejected', 'grad_norm',
 )  # fmt: skip
-_Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 def write_report(
@@ -172,14 +171,6 @@ def _stages(run_dir: epath.Path, notes: list[str]) -> list[dict[str, Any]]:
   return sorted(rows, key=lambda row: -1 if row['iteration'] is None else row['iteration'])
 
 
-def wilson(correct: int, n: int) -> tuple[float, float]:
-  """95% Wilson score interval of a proportion; n >= 1. Wilson 1927."""
-  rate, z2 = correct / n, _Z95**2
-  centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
-  half = _Z95 / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-  return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def _accuracy(records, evaluations) -> list[dict[str, Any]]:
   """Greedy and majority accuracy of each evaluated iteration, each with a 95% interval.
 
@@ -212,8 +203,8 @@ def _accuracy(records, evaluations) -> list[dict[str, Any]]:
   for row in rows.values():
     for kind in ('greedy', 'majority'):
       if row.get(kind) is not None and row.get(f'{kind}_low') is None and row.get('n'):
-        low, high = wilson(round(row[kind] * row['n']), int(row['n']))
-        row[f'{kind}_low'], row[f'{kind}_high'] = finite(low), finite(high)
+        estimate = proportion(round(row[kind] * row['n']), int(row['n']))
+        row[f'{kind}_low'], row[f'{kind}_high'] = finite(estimate.low), finite(estimate.high)
   return [rows[number] for number in sorted(rows)]
 
 
@@ -228,26 +219,26 @@ def _paired(evaluations) -> dict[str, Any] | None:
   if len(evaluations) < 2:
     return None
   first, last = min(evaluations), max(evaluations)
-  before, after = evaluations[first]['greedy'], evaluations[last]['greedy']
-  differences = []
-  for prompt_id, (verdict, _) in before.items():
-    both = (verdict, after.get(prompt_id, (None, None))[0])
+  greedy = evaluations[last]['greedy']
+  before, after = [], []
+  for prompt_id, (verdict, _) in evaluations[first]['greedy'].items():
+    both = (verdict, greedy.get(prompt_id, (None, None))[0])
     if None not in both and 'unparseable_gold' not in both:
-      differences.append((both[1] == 'correct') - (both[0] == 'correct'))
-  n = len(differences)
-  if n < 2:
+      before.append(both[0] == 'correct')
+      after.append(both[1] == 'correct')
+  if len(before) < 2:
     return None
-  mean = statistics.fmean(differences)
-  half = _Z95 * statistics.stdev(differences) / math.sqrt(n)
+  estimate = paired_difference(before, after)
+  changes = list(zip(before, after, strict=True))
   return {
       'first': first,
       'last': last,
-      'n': n,
-      'difference': finite(mean),
-      'low': finite(mean - half),
-      'high': finite(mean + half),
-      'gained': differences.count(1),
-      'lost': differences.count(-1),
+      'n': len(changes),
+      'difference': finite(estimate.value),
+      'low': finite(estimate.low),
+      'high': finite(estimate.high),
+      'gained': changes.count((False, True)),
+      'lost': changes.count((True, False)),
   }
 
 

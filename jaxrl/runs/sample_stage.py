@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
@@ -53,12 +54,13 @@ def sample_stage(
     session: Session, iteration: int, engine: Engine, model: Model,
     prompts: Sequence[EncodedPrompt], draws: Draws,
 ) -> Mapping:
-  """Writes `samples.parquet`; returns the manifest entry's counts."""
+  """Writes `samples.parquet` and one metrics record; returns counts."""
   name = f'iteration_{iteration:02d}/samples'
 
   def produce(scratch: epath.Path) -> dict:
     params = rollout_params(model.params, session.mesh, engine.config.dtype)
     parts = []
+    tokens, seconds = 0, 0.0   # of this attempt; parts of an earlier one took it no time
     total = len(prompts) * draws.count
     with session.progress.stage(f'iteration {iteration}: sample', total, 'samples') as bar:
       for start in range(0, len(prompts), draws.part_prompts):
@@ -67,7 +69,10 @@ def sample_stage(
         if part.exists():     # written whole by an earlier attempt: parts are renamed into place
           bar.advance(len(group) * draws.count)
         else:
+          start_time = time.perf_counter()
           rows = draw_rows(session, engine, params, group, draws, bar)
+          seconds += time.perf_counter() - start_time
+          tokens += sum(len(row['response_ids']) for row in rows)
           common = {
               'temperature': draws.temperature, 'top_p': engine.sampling.top_p,
               'iteration': iteration, 'source_model': model.identity}
@@ -76,11 +81,14 @@ def sample_stage(
     table = pa.concat_tables(parts)
     tables.write_table(scratch / 'samples.parquet', table, tables.SAMPLES)
     reasons = table['finish_reason'].to_pylist()
-    return {
+    counts = {
         'prompts': len(prompts), 'samples': table.num_rows,
         'tokens': sum(len(ids) for ids in table['response_ids'].to_pylist()),
         'truncated': reasons.count('length'),
     }
+    speed = {'perf/tokens_per_second': tokens / seconds} if tokens else {}
+    session.record(iteration, 'sample', counts | speed)
+    return counts
 
   return session.run.stage(name, (f'{name}.parquet',), produce).counts
 

@@ -96,8 +96,8 @@ def _prefill(params, state: Slots, prompts, assign, c: ModelConfig) -> Slots:
       tokens=state.tokens, logprobs=state.logprobs)
 
 
-def _decode(params, state: Slots, seed, c: ModelConfig, config: SamplingConfig, eos: tuple[int, ...],
-            steps: int) -> Slots:
+def _decode(params, state: Slots, seed, c: ModelConfig, config: SamplingConfig,
+            eos: tuple[int, ...], steps: int) -> Slots:
   """Up to `steps` tokens for every busy slot; stops early when none is busy."""
   head = output_matrix(params, c)
   rows = jnp.arange(state.last.shape[0], dtype=jnp.int32)
@@ -137,6 +137,7 @@ def _decode(params, state: Slots, seed, c: ModelConfig, config: SamplingConfig, 
 class Engine:
   """Compiled-once programs for one model shape, sampling configuration and mesh."""
 
+  empty: Any                 # jitted: () -> slots, none of them busy
   prefill: Any               # jitted: (params, slots, prompts, assignments) -> slots
   decode: Any                # jitted: (params, slots, seed) -> slots
   model: ModelConfig
@@ -152,8 +153,8 @@ class Engine:
     return self.config.slots // self.mesh.size
 
   def compiled_programs(self) -> int:
-    """How many programs have been compiled so far; bounded by the number of prompt widths + 1."""
-    return sum(program._cache_size() for program in (self.prefill, self.decode))
+    """How many programs have been compiled so far; bounded by the number of prompt widths + 2."""
+    return sum(program._cache_size() for program in (self.empty, self.prefill, self.decode))
 
 
 def prompt_widths(max_prompt: int, multiple: int) -> tuple[int, ...]:
@@ -185,12 +186,16 @@ def make_engine(
   """Builds the engine; nothing is compiled until the first `generate`.
 
   Raises:
-    InputError: the slots do not divide over the devices, no EOS, or prompt and response together
-      exceed the positions the model was trained for.
+    InputError: the slots do not divide over the devices, another size is not positive, no EOS, or
+      prompt and response together exceed the positions the model was trained for.
   """
   if config.slots % mesh.size or config.slots < 1:
     raise InputError('slots must divide evenly over the devices', where='--slots',
                      expected=f'a positive multiple of {mesh.size}', found=config.slots)
+  for name in ('cadence', 'prefill_prompts', 'prompt_multiple'):
+    if getattr(config, name) < 1:
+      raise InputError('the engine would never move', where=f'EngineConfig.{name}',
+                       expected='at least 1', found=getattr(config, name))
   if not eos_ids:
     raise InputError('no response could ever end', where='tokenizer', expected='an EOS id',
                      found='none')
@@ -204,10 +209,15 @@ def make_engine(
   on_slots = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=specs)
   prefill = on_slots(functools.partial(_prefill, c=model),
                      in_specs=(PartitionSpec(), specs, rows, rows))
+  length = prompt_widths(max_prompt, config.prompt_multiple)[-1] + sampling.max_new_tokens
+  empty = functools.partial(_empty_slots, model, config.slots, length, sampling.max_new_tokens,
+                            jnp.dtype(config.dtype))
   decode = on_slots(
       functools.partial(_decode, c=model, config=sampling, eos=eos_ids, steps=config.cadence),
       in_specs=(PartitionSpec(), specs, PartitionSpec()))
+  places = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
   return Engine(
+      empty=jax.jit(empty, out_shardings=places),
       prefill=jax.jit(prefill, donate_argnums=1), decode=jax.jit(decode, donate_argnums=1),
       model=model, sampling=sampling, config=config, mesh=mesh, max_prompt=max_prompt,
       eos_ids=eos_ids, pad_id=pad_id)
@@ -215,8 +225,14 @@ def make_engine(
 
 def rollout_params(params: dict, mesh: jax.sharding.Mesh, dtype: str) -> dict:
   """Parameters as the engine reads them: in the compute dtype, whole on every device."""
+  return _compiled_cast(mesh, dtype)(params)
+
+
+@functools.cache
+def _compiled_cast(mesh: jax.sharding.Mesh, dtype: str) -> Any:
+  """One function per mesh and dtype: jit knows compiled programs by the function's identity."""
   whole = jax.sharding.NamedSharding(mesh, PartitionSpec())
-  return jax.jit(functools.partial(cast, dtype=jnp.dtype(dtype)), out_shardings=whole)(params)
+  return jax.jit(functools.partial(cast, dtype=jnp.dtype(dtype)), out_shardings=whole)
 
 
 def _check_requests(engine: Engine, requests: Sequence[Request]) -> None:
@@ -275,13 +291,7 @@ def generate(
   """
   _check_requests(engine, requests)
   slots = jax.sharding.NamedSharding(engine.mesh, PartitionSpec(ROLLOUT_SLOTS))
-  length = prompt_widths(engine.max_prompt, engine.config.prompt_multiple)[-1]
-  length += engine.sampling.max_new_tokens
-  state = jax.jit(
-      functools.partial(_empty_slots, engine.model, engine.config.slots, length,
-                        engine.sampling.max_new_tokens, jnp.dtype(engine.config.dtype)),
-      out_shardings=jax.tree.map(
-          lambda s: jax.sharding.NamedSharding(engine.mesh, s), _slot_specs()))()
+  state = engine.empty()
   seed_array = jax.device_put(
       jnp.uint32(seed), jax.sharding.NamedSharding(engine.mesh, PartitionSpec()))
   owner = np.full(engine.config.slots, -1)
@@ -289,11 +299,8 @@ def generate(
   refill_at = max(engine.config.slots // 4, 1)
   while pending or (owner >= 0).any():
     while pending and ((owner < 0).sum() >= refill_at or (owner < 0).all()):
-      before = len(pending)
       prompts, assign = _fill(engine, owner, pending, requests)
       state = engine.prefill(params, state, *jax.device_put((prompts, assign), slots))
-      if len(pending) == before:
-        break
     state = engine.decode(params, state, seed_array)
     busy, new = jax.device_get((state.busy, state.new))
     finished = np.flatnonzero((owner >= 0) & ~busy)

@@ -52,9 +52,13 @@ def save(folder: epath.Path, step: int, state, *, keep: int = 2) -> None:
     partial.rename(target)
     for old in checkpoints(folder)[:-keep]:
       old.rmtree()
-  except OSError as error:
-    raise InputError('the checkpoint could not be written', where=target, found=error,
-                     fix='Free space or fix permissions, then run the same command again') from error
+  except (OSError, ValueError) as error:
+    # The array writer reports what the system refused as ValueError, with the system's code in it.
+    if isinstance(error, ValueError) and 'os_error_code' not in str(error):
+      raise
+    raise InputError(
+        'the checkpoint could not be written', where=target, found=error,
+        fix='Free space or fix permissions, then run the same command again') from error
 
 
 def checkpoints(folder: epath.Path) -> list[epath.Path]:
@@ -70,6 +74,8 @@ def damage(checkpoint: epath.Path) -> str | None:
     expected = json.loads((checkpoint / 'files.json').read_text())
   except (OSError, ValueError):
     return 'files.json is missing or unreadable'
+  if not isinstance(expected, dict):
+    return 'files.json is not a table of hashes'
   found = _file_hashes(checkpoint)
   changed = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
   return f'{changed[0]} is missing or changed' if changed else None
@@ -78,9 +84,9 @@ def damage(checkpoint: epath.Path) -> str | None:
 def restore_latest(
     folder: epath.Path, like: State, *, warn: Callable[[str], None]
 ) -> tuple[int, State] | None:
-  """(step, state) of the newest sound checkpoint, on the shardings of `like`; None if there is none.
+  """(step, state) of the newest sound checkpoint, laid out as `like`; None if there is none.
 
-  `like` is a tree of arrays or `jax.ShapeDtypeStruct`. A damaged checkpoint is named through `warn`.
+  `like` is a tree of arrays or `jax.ShapeDtypeStruct`. Damaged checkpoints are named to `warn`.
   """
   abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)

@@ -1,4 +1,4 @@
-"""Per-token log-probs of targets under a decoder: the one function that trains, scores and checks."""
+"""Per-token log-probs of targets under a decoder: one function trains, scores and checks."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ def train(
 ) -> TrainState:
   """Runs to `config.steps`; batch k is `batches[k]`, so a restart goes on with the same bits.
 
-  `step_fn(state, batch, lr)` is jitted by the caller and may donate the state. `on_log(step, numbers)`
-  receives means over the steps since the last log; numbers that depend on the clock are named
+  `step_fn(state, batch, lr)` is jitted by the caller and may donate the state. `on_log(step,
+  numbers)` receives means over the steps since the last log; numbers of the clock are named
   `perf/...`. `on_resume(step)` is called once with the step that was restored (0 for a new start).
   `stop(step, state)` is asked at every checkpoint, again after a restart from it; True ends there.
 
@@ -134,7 +134,9 @@ def mean_metrics(seen: Sequence[Mapping[str, Mean]]) -> dict[str, float]:
   }
 
 
-def check_loop(config: LoopConfig, *, batch_size: int, micro_batches: int, mesh: jax.sharding.Mesh) -> None:
+def check_loop(
+    config: LoopConfig, *, batch_size: int, micro_batches: int, mesh: jax.sharding.Mesh
+) -> None:
   """Refuses loops that could not run or could not resume exactly.
 
   Raises:

@@ -15,7 +15,7 @@ SCHEDULES = ('constant', 'linear', 'cosine')
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW (Loshchilov and Hutter 2019) with warm-up, decay and clipping of the global gradient norm."""
+  """AdamW (Loshchilov and Hutter 2019) with warm-up, decay and a bound on the gradient norm."""
 
   learning_rate: float
   schedule: str = 'constant'
@@ -59,6 +59,11 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   parts.append(optax.scale_by_adam(b1=config.b1, b2=config.b2))
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(
-        config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: jnp.ndim(p) > 1, params)))
+        config.weight_decay, mask=lambda params: jax.tree.map_with_path(_is_matrix, params)))
   return optax.chain(*parts)
+
+
+def _is_matrix(path: tuple, weight: jax.Array) -> bool:
+  """True for weights that multiply as matrices; the axis that layers are stacked on is not one."""
+  is_stacked = any(getattr(key, 'key', None) == 'layers' for key in path)
+  return jnp.ndim(weight) - is_stacked > 1

@@ -58,5 +58,7 @@ def identity(params_identity: str, rows: Sequence[TokenRow], policy: ComputePoli
   """Hex digest of everything stored log-probs depend on: parameters, ids, spans, compute dtype."""
   digest = hashlib.sha256(f'{params_identity} {policy.dtype}\n'.encode())
   for row in rows:
-    digest.update(np.asarray([len(row.prompt_ids), *row.prompt_ids, *row.response_ids], '<i4').tobytes())
+    # Both lengths, so that no two lists of rows give the same bytes.
+    spans = len(row.prompt_ids), len(row.response_ids)
+    digest.update(np.asarray([*spans, *row.prompt_ids, *row.response_ids], '<i4').tobytes())
   return digest.hexdigest()[:32]

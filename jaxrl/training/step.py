@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.losses.mean import Mean, mean_over
 from jaxrl.losses import preference
+from jaxrl.losses.mean import Mean, mean_over
 from jaxrl.models.config import ModelConfig
 from jaxrl.training.logps import ComputePolicy, target_logps
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.errors import InputError
+from jaxrl.evaluation.statistics import proportion
 from jaxrl.runs import report, report_page, report_tables, tables
 
 
@@ -203,8 +204,9 @@ def test_prompts_are_chosen_evenly(total, count):
 
 
 def test_wilson_interval_of_seven_in_ten():
-  assert report.wilson(7, 10) == pytest.approx((0.396778, 0.892209), abs=1e-6)
-  assert report.wilson(0, 5)[0] == 0.0 and report.wilson(5, 5)[1] == 1.0
+  table = evaluation(['correct'] * 7 + ['wrong'] * 3)
+  (row,) = report._accuracy([], {1: table})
+  assert (row['greedy_low'], row['greedy_high']) == pytest.approx((0.396778, 0.892209), abs=1e-6)
 
 
 def evaluation(greedy, votes=None):
@@ -232,7 +234,7 @@ def test_accuracy_comes_from_the_table_where_no_metric_is_recorded():
   table = evaluation(['correct', 'wrong', 'timeout', 'unparseable_gold', 'correct'], votes)
   (row,) = report._accuracy([], {2: table})
   assert (row['iteration'], row['n'], row['greedy'], row['majority']) == (2, 4, 0.5, 0.5)
-  assert row['greedy_low'] == pytest.approx(report.wilson(2, 4)[0], rel=1e-5)
+  assert row['greedy_low'] == pytest.approx(proportion(2, 4).low, rel=1e-5)
   record = {'iteration': 2, 'stage': 'evaluate', 'step': 0, 'greedy_accuracy': 0.75,
             'greedy_low': 0.3, 'greedy_high': 0.9, 'n': 4}  # fmt: skip
   (row,) = report._accuracy([record], {2: table})

@@ -1,0 +1,97 @@
+"""`python -m experiments.irpo` killed anywhere and started again ends with the same bits."""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.experiments import irpo_runs
+
+# One moment in every stage that takes time; in the order in which a run comes by.
+MOMENTS = (
+    ('before', r'world/problems\.partial/dev\.jsonl'),
+    ('before', r'seed/train\.partial/checkpoint/\.step_00000040\.partial$'),
+    ('half', r'iteration_01/samples\.partial/\.part_00000008\.parquet'),
+    ('before', r'iteration_01/reference\.partial/\.finished\.json'),
+    ('before', r'iteration_01/train\.partial/checkpoint/\.step_00000003\.partial/files\.json'),
+    ('before', r'iteration_01/train\.partial/model$'),
+    ('half', r'iteration_01/evaluation\.partial/\.evaluation\.parquet'),
+)
+
+
+def damage_newest_checkpoint(folder: pathlib.Path) -> pathlib.Path:
+  newest = max(folder.glob('step_*'))
+  biggest = max((p for p in newest.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  content = bytearray(biggest.read_bytes())
+  content[len(content) // 2] ^= 1
+  biggest.write_bytes(content)
+  return newest
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_bits(finished, tmp_path):
+  folder = tmp_path / 'killed'
+  flags = (f'--run_dir={folder}', *irpo_runs.WORLD)
+  damaged = None
+  for moment in MOMENTS:
+    ended = irpo_runs.run(*flags, cache=finished.cache, kill=moment)
+    assert ended.status == -signal.SIGKILL, (moment, ended.stderr[-2000:])
+    assert (damaged is None) or f'{damaged}: the checkpoint is damaged' in ended.stdout
+    damaged = None
+    if 'step_00000003' in moment[1]:   # of step_1 and step_2 one is enough to go on
+      damaged = damage_newest_checkpoint(folder / 'iteration_01' / 'train.partial' / 'checkpoint')
+  ended = irpo_runs.run(*flags, cache=finished.cache)
+  assert ended.status == 0, ended.stderr[-3000:]
+  whole, killed = irpo_runs.contents(finished.folder), irpo_runs.contents(folder)
+  assert 'iteration_01/model/model.safetensors' in whole
+  assert irpo_runs.differences(whole, killed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_random_kills_end_with_the_same_bits(tmp_path):
+  """At least 25 kills from outside at random moments, over two iterations with a choice of steps.
+
+  The reference run keeps no compiled programs, so that results do not depend on those either.
+  """
+  flags = (*irpo_runs.WORLD, '--iterations=2', '--dev_prompts=4', '--seed_check_every=10')
+  whole = irpo_runs.run(f'--run_dir={tmp_path / "whole"}', *flags, cache=None)
+  assert whole.status == 0, whole.stderr[-3000:]
+  expected = irpo_runs.contents(tmp_path / 'whole')
+  moments, kills, stages = random.Random(0), 0, set()
+  while kills < 25:
+    folder = tmp_path / 'killed'
+    status = None
+    while status != 0:
+      status = kill_at_random(folder, flags, tmp_path / 'cache', moments)
+      assert status in (0, -signal.SIGKILL), status
+      kills += status != 0
+      if status != 0:
+        stages |= {p.name for p in folder.rglob('*.partial')}
+    assert irpo_runs.differences(expected, irpo_runs.contents(folder)) == []
+    shutil.rmtree(folder)
+  print(f'{kills} kills, among others in {sorted(stages)}')
+
+
+def kill_at_random(
+    folder: pathlib.Path, flags: tuple[str, ...], cache: pathlib.Path, moments: random.Random
+) -> int:
+  """Waits for a random number of changes to the folder, then a moment, then kills the run."""
+  changes, pause = moments.randint(1, 30), moments.uniform(0, 0.2)
+  with subprocess.Popen(
+      irpo_runs.command(f'--run_dir={folder}', *flags), cwd=irpo_runs.ROOT,
+      env=irpo_runs.environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+  ) as process:
+    seen = None
+    while changes and process.poll() is None:
+      now = {(root, *sorted(names)) for root, _, names in os.walk(folder)}
+      changes -= seen is not None and now != seen
+      seen = now
+      time.sleep(0.005)
+    time.sleep(pause)
+    process.kill()
+  return process.returncode
