@@ -16,14 +16,17 @@ from absl import app, flags, logging
 from jaxrl.errors import InputError
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training.logps import ComputePolicy
+from jaxrl.training.loop import NonFiniteError
 from jaxrl.training.optimizer import SCHEDULES, OptimizerConfig
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string('run_dir', None, 'Folder of the run; the same command goes on where it stopped.')
+flags.DEFINE_string('run_dir', None,
+                    'Folder of the run; the same command goes on where it stopped.')
 flags.DEFINE_string('model', None, 'Hugging Face folder to start from. Without it: the embedded '
                     'world (irpo), a new model (sft).')
-flags.DEFINE_integer('seed', 0, 'Seed of every random draw.', lower_bound=0)
+flags.DEFINE_integer('seed', 0, 'Seed of every random draw.', lower_bound=0,
+                     upper_bound=2**32 - 1)
 flags.DEFINE_list('mesh', None, 'Devices as data,fsdp,tensor; default: all on fsdp.')
 flags.DEFINE_enum('compute_dtype', 'bfloat16', ['bfloat16', 'float32'],
                   'Type of matrix products; parameters stay float32.')
@@ -75,6 +78,10 @@ def optimizer_config() -> OptimizerConfig:
   if FLAGS.learning_rate == 0:
     raise InputError('nothing would be learned', where='--learning_rate',
                      expected='a number > 0', found=0)
+  for name in ('adam_b1', 'adam_b2'):
+    if FLAGS[name].value == 1:
+      raise InputError('the average would never move', where=f'--{name}',
+                       expected='a number below 1', found=1)
   return OptimizerConfig(
       learning_rate=FLAGS.learning_rate, schedule=FLAGS.schedule, warmup_steps=FLAGS.warmup_steps,
       b1=FLAGS.adam_b1, b2=FLAGS.adam_b2, weight_decay=FLAGS.weight_decay,
@@ -114,7 +121,7 @@ def numbers(name: str, count: int) -> list[float]:
   Raises:
     InputError: not numbers, none, or more than there are iterations (the rest would do nothing).
   """
-  texts = FLAGS[name].value
+  texts: list[str] = FLAGS[name].value or []
   try:
     values = [float(text) for text in texts]
   except ValueError:
@@ -184,7 +191,7 @@ def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -
     main(argv)
 
   app.run(ends_with_sentence(quiet), flags_parser=ends_with_sentence(
-      lambda argv: _only_flags((parser or FLAGS)(argv))))
+      lambda argv: only_flags((parser or FLAGS)(argv))))
 
 
 def ends_with_sentence(function: Callable) -> Callable:
@@ -194,7 +201,7 @@ def ends_with_sentence(function: Callable) -> Callable:
   def guarded(*args):
     try:
       return function(*args)
-    except (flags.Error, InputError) as error:
+    except (flags.Error, InputError, NonFiniteError) as error:
       text = ' '.join(str(error).split()).removeprefix('ERROR:: ')
     print(f'error: {text}', file=sys.stderr)
     sys.exit(2)
@@ -202,7 +209,8 @@ def ends_with_sentence(function: Callable) -> Callable:
   return guarded
 
 
-def _only_flags(argv: list[str]) -> list[str]:
+def only_flags(argv: list[str]) -> list[str]:
+  """What a parser left over; InputError where that is more than the program's name."""
   if len(argv) > 1:
     raise InputError('this is not a flag', where=repr(argv[1]), expected='--name=value',
                      fix='A flag that is on or off is written --name or --noname')

@@ -11,7 +11,8 @@ FLAGS = flags.FLAGS
 
 flags.DEFINE_string('train', None, 'Training problems: JSONL (also gzip) or Parquet.')
 flags.DEFINE_string('test', None, 'Held-out problems, likewise.')
-flags.DEFINE_enum('task', 'gsm8k', sorted(TASKS), 'How rows become prompts and answers are checked.')
+flags.DEFINE_enum('task', 'gsm8k', sorted(TASKS),
+                  'How rows become prompts and answers are checked.')
 flags.DEFINE_string('prompt_field', None, 'Field of the question; default: the task\'s.')
 flags.DEFINE_string('answer_field', None, 'Field of the gold answer; default: the task\'s.')
 flags.DEFINE_string('id_field', None, 'Field of the row id; default: id, or file and row number.')

@@ -98,8 +98,10 @@ def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
         collate=functools.partial(pair_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
 
   def loop(pairs) -> LoopConfig:
-    steps = math.ceil(config.epochs * len(pairs) / FLAGS.batch_size)
-    return LoopConfig(min(steps, config.max_steps or steps), FLAGS.log_every, FLAGS.save_every)
+    epoch = len(pairs) / FLAGS.batch_size
+    steps = math.ceil(config.epochs * epoch)
+    return LoopConfig(min(steps, config.max_steps or steps), FLAGS.log_every, FLAGS.save_every,
+                      steps_per_epoch=epoch)
 
   def best_steps(t: int, model: sessions.Model, pairs) -> int:
     """Steps that do best on held-out prompts when trained without their pairs."""

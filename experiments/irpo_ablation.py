@@ -9,6 +9,7 @@ the same command again goes on where it stopped.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -97,8 +98,6 @@ def verdicts(seeds: list[dict]) -> dict[str, dict]:
   """Each claim with its figure over seeds and whether it holds."""
   gains = [row['with NLL']['gain'] for row in seeds]
   effects = [row['nll_effect']['value'] for row in seeds]
-  rises = [x for row in seeds for x in row['with NLL']['shifts']]
-  falls = [x for row in seeds for x in row['without NLL']['shifts']]
   return {
       'every seed model starts between 30% and 60%': _verdict(
           all(0.3 <= row['seed_accuracy'] <= 0.6 for row in seeds),
@@ -110,9 +109,9 @@ def verdicts(seeds: list[dict]) -> dict[str, dict]:
               f'{100 * row["with NLL"]["gain"]:+.1f} [{100 * row["with NLL"]["gain_low"]:+.1f}, '
               f'{100 * row["with NLL"]["gain_high"]:+.1f}]' for row in seeds)),
       'with NLL the log-prob of chosen responses rises in training': _verdict(
-          all(x['chosen/change_low'] > 0 for x in rises), _range(rises)),
+          _shift(seeds, 'with NLL').low > 0, _shift_text(seeds, 'with NLL')),
       'without NLL the log-prob of chosen responses falls in training': _verdict(
-          all(x['chosen/change_high'] < 0 for x in falls), _range(falls)),
+          _shift(seeds, 'without NLL').high < 0, _shift_text(seeds, 'without NLL')),
       'accuracy ends lower without NLL': _verdict(
           all(row['nll_effect']['low'] > 0 for row in seeds)
           or (len(effects) > 1 and mean_estimate(effects).low > 0),
@@ -134,10 +133,18 @@ def _points(values: list[float]) -> str:
           f'[{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]')
 
 
-def _range(changes: list[Mapping]) -> str:
-  values = [x['chosen/change'] for x in changes]
-  return (f'{min(values):+.2f} to {max(values):+.2f} nats per response over '
-          f'{len(values)} iterations of all seeds')
+def _shift(seeds: list[dict], variant: str) -> Estimate:
+  """Mean change of the chosen log-prob per iteration: over iterations first, then over seeds."""
+  return mean_estimate([
+      statistics.fmean(x['chosen/change'] for x in row[variant]['shifts']) for row in seeds])
+
+
+def _shift_text(seeds: list[dict], variant: str) -> str:
+  estimate = _shift(seeds, variant)
+  each = [x['chosen/change'] for row in seeds for x in row[variant]['shifts']]
+  return (f'mean {estimate.value:+.2f} nats per response and iteration, 95% interval over seeds '
+          f'[{estimate.low:+.2f}, {estimate.high:+.2f}]; {sum(x > 0 for x in each)} of {len(each)} '
+          'iterations rise')
 
 
 def main(argv) -> None:

@@ -1,4 +1,4 @@
-"""Flags of IRPO, checked together and turned into the library's dataclasses before anything runs."""
+"""Flags of IRPO, checked together and turned into dataclasses before anything runs."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ flags.DEFINE_integer('max_pairs', None, 'Most pairs per iteration; default: no c
 flags.DEFINE_bool('dedup', False, 'Keep each pair of a prompt once.')
 flags.DEFINE_enum('gold_in_winners', 'never', GOLD_POLICIES,
                   'When the worked gold solution counts as a winner.')
-flags.DEFINE_float('beta', 0.1, 'DPO beta.')
+flags.DEFINE_float('beta', 0.1, 'DPO beta: the larger, the closer to the reference.')
 flags.DEFINE_float('nll_alpha', 1.0, 'Weight of the NLL of chosen responses; 0 is plain DPO.',
                    lower_bound=0.0)
 flags.DEFINE_enum('nll_reduction', 'seq', ['seq', 'token', 'sum'],
                   'NLL per sequence mean (the paper), batch token mean, or sum.')
-flags.DEFINE_integer('dev_prompts', 0, 'Training prompts held out to choose the number of steps; the '
-                     'model is then trained again on all pairs for that many. 0: none.',
+flags.DEFINE_integer('dev_prompts', 0, 'Training prompts held out to choose the number of steps; '
+                     'the model is then trained again on all pairs for that many. 0: none.',
                      lower_bound=0)
 flags.DEFINE_integer('votes', 8, 'Samples per held-out problem for the majority vote; 0: none.',
                      lower_bound=0)
@@ -77,12 +77,14 @@ def parse(argv: list[str]) -> list[str]:
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
   task = TASKS[FLAGS.task]
-  idle = {}
+  idle: dict[str, str] = {}
   if FLAGS.model is None:
     own = ('train', 'test', 'prompt_field', 'answer_field', 'id_field', 'template')
     idle |= dict.fromkeys(own, 'the embedded world has its own problems')
     if FLAGS.task != 'world':
       idle['task'] = 'the embedded world has its own task'
+    if FLAGS.seed_first_check < FLAGS.seed_check_every:
+      idle['seed_first_check'] = f'--seed_check_every={FLAGS.seed_check_every}'
   else:
     idle |= dict.fromkeys((flag.name for flag in FLAGS.get_flags_for_module(world)),
                           '--model is given, so there is no embedded world')

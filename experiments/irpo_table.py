@@ -10,9 +10,10 @@ from jaxrl.runs.metrics import read_metrics
 from jaxrl.runs.session import Session
 
 # Three narrow tables: one with all columns is readable neither on a terminal nor in a file.
-RESULTS = ('iteration', 'greedy % [95%]', 'majority %', 'length', 'pairs', 'all correct',
+RESULTS = ('iteration', 'greedy %', '95% interval', 'majority %', 'pairs', 'all correct',
            'all wrong')
-TRAINING = ('iteration', 'logp chosen', 'logp rejected', 'sample tokens/s', 'train tokens/s')
+RESPONSES = ('iteration', 'length', 'logp chosen', 'logp rejected', 'sample tokens/s',
+             'train tokens/s')
 STAGES = {'sample': 'samples', 'score': 'scores', 'pair': 'pairs', 'reference': 'reference',
           'select': 'select', 'train': 'train', 'evaluate': 'evaluation'}
 
@@ -32,8 +33,8 @@ def rows(session: Session) -> list[dict[str, str]]:
     low, high = score['greedy_low'], score['greedy_high']
     table.append({
         'iteration': str(iteration),
-        'greedy % [95%]': f'{_tenths(score["greedy_accuracy"], 100)} '
-                          f'[{_tenths(low, 100)}, {_tenths(high, 100)}]',
+        'greedy %': _tenths(score['greedy_accuracy'], 100),
+        '95% interval': f'{_tenths(low, 100)}-{_tenths(high, 100)}',   # a space could be broken at
         'majority %': _tenths(score.get('majority_accuracy'), 100),
         'length': _tenths(score['length']),
         'pairs': str(pairs.get('pairs/count', '-')),
@@ -43,8 +44,7 @@ def rows(session: Session) -> list[dict[str, str]]:
         'logp rejected': _tenths(train.get('logps/rejected')),
         'sample tokens/s': _whole(sample.get('perf/tokens_per_second')),
         'train tokens/s': _whole(train.get('perf/tokens_per_second'))} | {
-        column: _tenths(entries[f'{name}/{stage}'].seconds if f'{name}/{stage}' in entries else None)
-        for column, stage in STAGES.items()})
+        column: _seconds(entries, f'{name}/{stage}') for column, stage in STAGES.items()})
     iteration += 1
   return table
 
@@ -54,7 +54,7 @@ def show(session: Session, table: list[dict[str, str]]) -> None:
   stages = [column for column in STAGES if any(row[column] != '-' for row in table)]
   for title, columns in (
       ('IRPO: answers of each model, and the prompts and pairs it was trained on', RESULTS),
-      ('IRPO: mean log-prob of responses at the end of training, and speed', TRAINING),
+      ('IRPO: length and, at the end of training, mean log-prob of responses; speed', RESPONSES),
       ('IRPO: seconds per stage', ('iteration', *stages))):
     width = {column: max(len(row[column]) for row in table) for column in columns}
     session.progress.table(
@@ -72,6 +72,10 @@ def _greedy(session: Session, iteration: int) -> dict[str, bool]:
       row['prompt_id']: row['verdict'] == 'correct'
       for row in read_evaluation(session, iteration) if row['kind'] == 'greedy'
   }
+
+
+def _seconds(entries: Mapping, name: str) -> str:
+  return _tenths(entries[name].seconds if name in entries else None)
 
 
 def _tenths(value: float | None, scale: float = 1) -> str:

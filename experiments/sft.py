@@ -104,7 +104,7 @@ def encode(
     InputError: a row that cannot be encoded or, with 'error', is too long; none left.
   """
   counts: collections.Counter = collections.Counter()
-  rows = []
+  rows: list[dict] = []
   for example in examples:
     prompt = prompt_ids(tokenizer, example.prompt, where=example.where)
     response = response_ids(tokenizer, example.response, ends=True, where=example.where)
@@ -117,7 +117,7 @@ def encode(
     if excess > 0 and (over_length == 'drop' or len(prompt) >= max_length):
       counts['dropped'] += 1
       continue
-    counts['truncated'] += excess > 0
+    counts['truncated'] += int(excess > 0)
     rows.append({
         'prompt_id': example.prompt_id, 'response': example.response, 'prompt_ids': prompt,
         'prompt': render_prompt(tokenizer, example.prompt, where=example.where),
@@ -266,7 +266,6 @@ def main(argv) -> None:
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
                         common_flags.compute_policy(), FLAGS.seed, programs)
-      session.record(0, 'data', counts)
       folder = fine_tune(session, start)
     write_report(run.folder)
     progress.line(f'report: {run.folder / "report.html"}')

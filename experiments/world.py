@@ -6,7 +6,6 @@ model trained on written-out solutions until its greedy accuracy on dev problems
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 
@@ -20,7 +19,7 @@ from jaxrl.data.world import SPLITS, problems
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
-from jaxrl.models.params import init_params, param_shardings
+from jaxrl.models.params import init_params
 from jaxrl.rewards.checking import AnswerRule
 from jaxrl.runs.evaluation_stage import greedy_accuracy
 from jaxrl.runs.problem_set import ProblemSet

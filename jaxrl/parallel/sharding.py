@@ -37,9 +37,26 @@ ACTIVATION: Rules = {
 ROLLOUT_SLOTS: tuple[str, ...] = ('data', 'fsdp', 'tensor')
 
 
-def spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
-  """The partition of an array whose dimensions have these logical names."""
-  return PartitionSpec(*(rules[name] if name else None for name in names))
+def spec(
+    names: tuple[str | None, ...], rules: Rules, sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """The partition of an array whose dimensions have these logical names, on a mesh of `sizes`.
+
+  Mesh axes of size 1 are left out: splitting over one device is no split, but the type system
+  counts it as one, and a reshape of heads into groups could then leave the same axis on two
+  dimensions of one product.
+  """
+
+  def live(name: str | None) -> tuple[str, ...] | None:
+    axes = rules[name] if name else None
+    kept = tuple(a for a in ((axes,) if isinstance(axes, str) else axes or ()) if sizes[a] > 1)
+    return kept or None
+
+  return PartitionSpec(*(live(name) for name in names))
+
+
+def _current_spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+  return spec(names, rules, jax.sharding.get_abstract_mesh().shape)
 
 
 def _explicit_mesh() -> bool:
@@ -53,7 +70,7 @@ def shard(x: jax.Array, *names: str | None, rules: Rules = ACTIVATION) -> jax.Ar
   assert x.ndim == len(names), (x.shape, names)
   if not _explicit_mesh():
     return x
-  return jax.sharding.reshard(x, spec(names, rules))
+  return jax.sharding.reshard(x, _current_spec(names, rules))
 
 
 def gather(tree, axes):
@@ -63,7 +80,7 @@ def gather(tree, axes):
 
 def contract(pattern: str, x: jax.Array, w: jax.Array, *names: str | None, **kwargs) -> jax.Array:
   """einsum whose result is laid out by `names`; sums over a split dimension are reduced here."""
-  out = spec(names, ACTIVATION) if _explicit_mesh() else None
+  out = _current_spec(names, ACTIVATION) if _explicit_mesh() else None
   return jnp.einsum(pattern, x, w, out_sharding=out, **kwargs)
 
 
@@ -71,14 +88,14 @@ def look_up(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
   """table[ids] laid out by `names`."""
   if not _explicit_mesh():
     return table[ids]
-  return table.at[ids].get(out_sharding=spec(names, ACTIVATION))
+  return table.at[ids].get(out_sharding=_current_spec(names, ACTIVATION))
 
 
 def stored(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:
   """Where a parameter rests between steps."""
-  return NamedSharding(mesh, spec(names, STORED))
+  return NamedSharding(mesh, spec(names, STORED, mesh.shape))
 
 
 def batch_sharding(mesh: jax.sharding.Mesh, ndim: int) -> NamedSharding:
   """Rows over every device of the data and fsdp axes."""
-  return NamedSharding(mesh, PartitionSpec(ACTIVATION['batch'], *([None] * (ndim - 1))))
+  return NamedSharding(mesh, spec(('batch', *([None] * (ndim - 1))), ACTIVATION, mesh.shape))

@@ -49,7 +49,9 @@ def reference_stage(
     tables.write_table(
         scratch / 'reference.parquet', out, tables.REFERENCE,
         metadata={'identity': identity(model.identity, rows, session.compute)})
-    return {'pairs': len(out), 'responses': len(unique)} | _gap(session, iteration, logps)
+    numbers = {'pairs': len(out), 'responses': len(unique)} | _gap(session, iteration, logps)
+    session.record(iteration, 'reference', numbers)
+    return numbers
 
   return session.run.stage(name, (f'{name}.parquet',), produce).counts
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 from etils import epath
 
+from jaxrl.errors import InputError
 from jaxrl.runs import tables
 from jaxrl.runs.progress import Bar
 from jaxrl.runs.session import Model, Session, sampling_requests
@@ -66,8 +67,9 @@ def sample_stage(
       for start in range(0, len(prompts), draws.part_prompts):
         group = prompts[start:start + draws.part_prompts]
         part = scratch / f'part_{start:08d}.parquet'
-        if part.exists():     # written whole by an earlier attempt: parts are renamed into place
-          bar.advance(len(group) * draws.count)
+        table = _finished_part(session, part, group, draws.count)
+        if table is not None:
+          bar.advance(table.num_rows)
         else:
           start_time = time.perf_counter()
           rows = draw_rows(session, engine, params, group, draws, bar)
@@ -77,7 +79,8 @@ def sample_stage(
               'temperature': draws.temperature, 'top_p': engine.sampling.top_p,
               'iteration': iteration, 'source_model': model.identity}
           tables.write_table(part, [row | common for row in rows], tables.SAMPLES)
-        parts.append(tables.read_table(part, tables.SAMPLES))
+          table = tables.read_table(part, tables.SAMPLES)
+        parts.append(table)
     table = pa.concat_tables(parts)
     tables.write_table(scratch / 'samples.parquet', table, tables.SAMPLES)
     reasons = table['finish_reason'].to_pylist()
@@ -91,6 +94,29 @@ def sample_stage(
     return counts
 
   return session.run.stage(name, (f'{name}.parquet',), produce).counts
+
+
+def _finished_part(
+    session: Session, part: epath.Path, group: Sequence[EncodedPrompt], count: int
+) -> pa.Table | None:
+  """What an earlier attempt drew for these prompts; None where it has to be drawn.
+
+  A damaged part is named and drawn again, which gives the same responses.
+
+  Raises:
+    InputError: the part was drawn for other prompts.
+  """
+  if not part.exists():
+    return None
+  try:
+    table = tables.read_table(part, tables.SAMPLES)
+  except InputError as error:
+    session.progress.line(f'{str(error).rstrip(".")}; drawing it again')
+    return None
+  if table['prompt_ids'].to_pylist() != [list(p.ids) for p in group for _ in range(count)]:
+    raise InputError('the prompts have changed since this part was drawn', where=part,
+                     fix='Restore the file of problems, or start with another --run_dir')
+  return table
 
 
 def read_samples(session: Session, iteration: int) -> list[dict]:

@@ -56,6 +56,11 @@ def score_stage(
 
   def produce(scratch: epath.Path) -> dict:
     samples = read_samples(session, iteration)
+    unknown = next((s['prompt_id'] for s in samples if s['prompt_id'] not in problems), None)
+    if unknown is not None:
+      raise InputError('the problems have changed since the samples were drawn', where=name,
+                       expected=f'a problem {unknown!r}', found='none',
+                       fix='Restore the file of problems, or start with another --run_dir')
     with session.progress.stage(f'iteration {iteration}: score', len(samples), 'samples') as bar:
       rows = check_rows(samples, problems, rule)
       bar.advance(len(rows))

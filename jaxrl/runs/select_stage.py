@@ -6,6 +6,7 @@ set, and then train again from the same model on all pairs for that many steps.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -49,7 +50,7 @@ def select_stage(
 
     # One step past the last look, which falls on a checkpoint.
     run_training(session, scratch, name, iteration, model, trainer, batches,
-                 LoopConfig(loop.steps + 1, loop.log_every, loop.save_every),
+                 dataclasses.replace(loop, steps=loop.steps + 1),
                  expected_first_loss=expected_first_loss, stop=look)
     seen = {
         record['step']: record['greedy_accuracy']

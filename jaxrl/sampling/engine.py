@@ -210,15 +210,15 @@ def make_engine(
   prefill = on_slots(functools.partial(_prefill, c=model),
                      in_specs=(PartitionSpec(), specs, rows, rows))
   length = prompt_widths(max_prompt, config.prompt_multiple)[-1] + sampling.max_new_tokens
-  empty = functools.partial(_empty_slots, model, config.slots, length, sampling.max_new_tokens,
-                            jnp.dtype(config.dtype))
+  empty = on_slots(functools.partial(
+      _empty_slots, model, config.slots // mesh.size, length, sampling.max_new_tokens,
+      jnp.dtype(config.dtype)), in_specs=())
   decode = on_slots(
       functools.partial(_decode, c=model, config=sampling, eos=eos_ids, steps=config.cadence),
       in_specs=(PartitionSpec(), specs, PartitionSpec()))
-  places = jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs)
   return Engine(
-      empty=jax.jit(empty, out_shardings=places),
-      prefill=jax.jit(prefill, donate_argnums=1), decode=jax.jit(decode, donate_argnums=1),
+      empty=jax.jit(empty), prefill=jax.jit(prefill, donate_argnums=1),
+      decode=jax.jit(decode, donate_argnums=1),
       model=model, sampling=sampling, config=config, mesh=mesh, max_prompt=max_prompt,
       eos_ids=eos_ids, pad_id=pad_id)
 

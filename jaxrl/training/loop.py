@@ -28,6 +28,7 @@ class LoopConfig:
   steps: int
   log_every: int = 10
   save_every: int = 100
+  steps_per_epoch: float | None = None   # logs `epoch` where given
 
 
 class NonFiniteError(RuntimeError):
@@ -117,6 +118,8 @@ class _Logger:
     now = time.perf_counter()
     tokens = sum(float(m['num_tokens'].total) for m in self.seen)
     numbers['num_tokens'] = tokens
+    if self.config.steps_per_epoch is not None:
+      numbers['epoch'] = step / self.config.steps_per_epoch
     numbers['learning_rate'] = float(self.learning_rate(step - 1))
     numbers['perf/seconds_per_step'] = (now - self.since) / len(self.seen)
     numbers['perf/tokens_per_second'] = tokens / max(now - self.since, 1e-9)

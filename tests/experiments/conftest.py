@@ -20,5 +20,5 @@ def finished(tmp_path_factory) -> Finished:
   base = tmp_path_factory.mktemp('irpo')
   folder, cache = base / 'whole', base / 'cache'
   ended = irpo_runs.run(f'--run_dir={folder}', *irpo_runs.WORLD, cache=cache)
-  assert ended.status == 0, ended.stderr[-3000:]
+  assert ended.status == 0, ended.stderr[-600:]
   return Finished(folder, cache, ended)

@@ -1,4 +1,4 @@
-"""Running `python -m experiments.irpo` as a user does, and what a run folder must hold afterwards."""
+"""Running `python -m experiments.irpo` as a user does, and what its folder must hold then."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def run_here(capsys, *arguments: object) -> Ended:
     flags.FLAGS.unparse_flags()
     stack.callback(flags.FLAGS.mark_as_parsed)   # flagsaver reads values when it restores them
     try:
-      rest = common_flags.ends_with_sentence(irpo_flags.parse)(['irpo', *map(str, arguments)])
-      common_flags.ends_with_sentence(irpo.main)(rest)
+      common_flags.ends_with_sentence(lambda: irpo.main(common_flags.only_flags(
+          irpo_flags.parse(['irpo', *map(str, arguments)]))))()
     except SystemExit as end:
       status = int(end.code or 0)
   return Ended(status, *capsys.readouterr())

@@ -1,9 +1,11 @@
 """`killed_irpo.py HOW PATH [FLAGS...]`: experiments.irpo, killed by SIGKILL at one moment.
 
-HOW is `before` (a file or folder of that path is opened, made, renamed or removed) or `half` (half of
-the file has reached the disk). PATH is a regular expression; the first match counts.
+HOW is `before` (a file or folder of that path is opened, made, renamed or removed), `half` (half
+of the file has reached the disk), or `full`: it is not killed but finds the disk full. PATH is a
+regular expression; the first match counts.
 """
 
+import errno
 import os
 import re
 import runpy
@@ -25,6 +27,8 @@ def watch(how: str, pattern: str) -> None:
 
   def fsync(descriptor):
     if search(os.readlink(f'/proc/self/fd/{descriptor}')):
+      if how == 'full':
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
       die()
     system_fsync(descriptor)
