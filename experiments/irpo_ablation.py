@@ -2,8 +2,8 @@
 
 `python -m experiments.irpo_ablation --seeds=0,1,2` runs `experiments.irpo` twice per seed, with the
 world's --nll_alpha and with 0, from the same seed model and with the same first samples, and prints
-what the paper claims beside what is seen. Verdicts are computed from the run folders. Every run resumes;
-the same command again goes on where it stopped.
+what the paper claims beside what is seen. Verdicts are computed from the run folders. Every run
+resumes; the same command again goes on where it stopped.
 """
 
 from __future__ import annotations

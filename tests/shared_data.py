@@ -3,4 +3,5 @@
 import os
 from pathlib import Path
 
-SHARED = Path(os.environ.get('JAXRL_SHARED', Path(__file__).resolve().parents[2] / 'shared')) / 'data'
+_BESIDE = Path(__file__).resolve().parents[2] / 'shared'
+SHARED = Path(os.environ.get('JAXRL_SHARED', _BESIDE)) / 'data'

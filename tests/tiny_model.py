@@ -1,4 +1,4 @@
-"""A decoder small enough that a test compiles and runs it in seconds, with a peaked distribution."""
+"""A decoder that a test compiles and runs in seconds, with a peaked distribution."""
 
 import jax
 import numpy as np

@@ -58,7 +58,7 @@ def own_reference(pairs, params):
 
 @functools.cache
 def compiled_step(loss='irpo', optimizer=OPTIMIZER, micro_batches=1):
-  """(state, batch, lr) -> (state, metrics), jitted; `optimizer` None is MOMENTUM."""
+  """(state, batch, lr) -> (state, metrics), which donates; `optimizer` None is MOMENTUM."""
   options = {'irpo': {'beta': 0.1, 'alpha': 1.0}, 'dpo': {'beta': 0.1},
              'irpo_token': {'beta': 0.1, 'alpha': 1.0, 'nll_reduction': 'token'}}
   objective = (
@@ -66,17 +66,26 @@ def compiled_step(loss='irpo', optimizer=OPTIMIZER, micro_batches=1):
       preference_objective(loss.partition('_')[0], options[loss], CONFIG, POLICY))
   return jax.jit(
       functools.partial(train_step, objective=objective, tx=transformation(optimizer),
-                        micro_batches=micro_batches), compiler_options=QUICK)
+                        micro_batches=micro_batches),
+      donate_argnums=0, compiler_options=QUICK)
 
 
 def transformation(optimizer=OPTIMIZER):
   return MOMENTUM if optimizer is None else make_optimizer(optimizer)
 
 
-def start_state(mesh, optimizer=OPTIMIZER):
-  params = jax.device_put(random_params(), param_shardings(CONFIG, mesh))
+@functools.cache
+def _initial(optimizer):
+  return jax.jit(
+      functools.partial(init_state, tx=transformation(optimizer)), compiler_options=QUICK)
+
+
+def start_state(mesh, optimizer=OPTIMIZER, params=None):
+  """The state of step 0; its parameters are a copy, for a step may donate them."""
+  params = random_params() if params is None else params
+  params = jax.device_put(jax.tree.map(np.array, params), param_shardings(CONFIG, mesh))
   with jax.set_mesh(mesh):
-    return jax.jit(functools.partial(init_state, tx=transformation(optimizer)))(params)
+    return _initial(optimizer)(params)
 
 
 def take_steps(step, state, batches, mesh, learning_rate=0.1):

@@ -76,7 +76,7 @@ def open_run(
 
 def current_versions() -> dict[str, Any]:
   """Versions and devices of this process, for versions.json; starts jax."""
-  import jax   # here, so that reading a run folder does not start a device
+  import jax  # here, so that reading a run folder does not start a device
   import jaxlib
 
   try:

@@ -37,8 +37,8 @@ def count_programs() -> Callable[[], int]:
   """
   seen = [0]
 
-  def on_event(event: str, duration: float, **kwargs) -> None:
-    del duration, kwargs
+  def on_event(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del duration_secs, kwargs
     if event == '/jax/core/compile/backend_compile_duration':
       seen[0] += 1
 

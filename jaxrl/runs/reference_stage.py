@@ -1,4 +1,4 @@
-"""Stage: log-probs of both responses of every pair under the reference, computed once and stored."""
+"""Stage: log-probs of both responses of every pair under the reference, computed once, stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from jaxrl.training.score import identity, score_rows
 def token_rows(pairs: Sequence[Mapping]) -> list[TokenRow]:
   """Chosen and rejected of every pair row, alternating."""
   return [
-      TokenRow(row['prompt_ids'], row[side]) for row in pairs for side in ('chosen_ids', 'rejected_ids')
+      TokenRow(row['prompt_ids'], row[side])
+      for row in pairs for side in ('chosen_ids', 'rejected_ids')
   ]
 
 

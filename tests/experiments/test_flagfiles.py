@@ -4,13 +4,17 @@ import gzip
 import json
 import pathlib
 
+import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
-from experiments import common_flags, data_flags, irpo_flags, sft_flags
-from jaxrl.data.tasks import get_task
+from experiments import common_flags, data_flags, irpo, irpo_flags, sft_flags
+from jaxrl.data.tasks import TASKS, get_task
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.hugging_face import save_model
+from jaxrl.models.params import init_params
 from jaxrl.rewards.checking import AnswerRule
 from jaxrl.runs.problem_set import read_problem_set
 from jaxrl.tokens.tiny import write_tokenizer
@@ -143,7 +147,53 @@ def test_the_two_problems_of_math_without_an_answer_are_counted_and_not_asked(tm
   size = write_tokenizer(epath.Path(tmp_path), ['Final answer: 5'], vocab_size=261)
   session = Said(load_tokenizer(tmp_path, vocab_size=size))
   found = read_problem_set(
-      session, path, get_task('math', template='{question}'), RULES['math'], limit=None, max_prompt_length=10_000,
+      session, path, get_task('math', template='{question}'), RULES['math'],
+      limit=None, max_prompt_length=10_000,
       over_length='error')
   assert {*found.problems} - {p.prompt_id for p in found.prompts} == unanswered
   assert '252 problems' in session.lines[0] and '2 left out for a gold answer' in session.lines[0]
+
+
+class Started(BaseException):
+  """The first stage of a run was reached."""
+
+
+FILES = {
+    'gsm8k': ('gsm8k/train.jsonl.gz', 'gsm8k/test.jsonl'),
+    'arc': ('arc_challenge/train.jsonl', 'arc_challenge/test.jsonl'),
+    'math': ('math/train.jsonl.gz', 'math/test.jsonl.gz')}
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+  """Random weights that can read as far as the published settings ask."""
+  base = epath.Path(tmp_path_factory.mktemp('model'))
+  texts = [TASKS[name].template for name in FILES] + ['How many apples are left?', r'\frac{1}{2}']
+  config = ModelConfig(
+      family='llama', vocab_size=write_tokenizer(base / 'tokenizer', texts, vocab_size=1000),
+      d_model=16, n_layers=1, n_heads=2, n_kv=2, d_head=8, d_mlp=32, max_length=4096,
+      tie_embeddings=True)
+  save_model(base / 'model', init_params(jax.random.key(0), config), config,
+             tokenizer_from=base / 'tokenizer')
+  return base / 'model'
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason='the folder of public records is absent')
+@pytest.mark.parametrize('task', FILES)
+def test_irpo_starts_on_the_real_files(task, model, tmp_path, monkeypatch):
+  """Everything is read, checked and built; the first evaluation gets the prompts."""
+  def evaluate(session, iteration, engine, start, test):
+    assert iteration == 0 and start.params and test.votes == 32
+    assert engine.sampling.max_new_tokens == FLAGS.max_new_tokens
+    texts = {prompt.text for prompt in test.prompts}
+    assert len(texts) == 8 and all('Final answer:' in text for text in texts)
+    raise Started
+
+  monkeypatch.setattr(irpo, 'evaluation_stage', evaluate)
+  train, test = (SHARED / name for name in FILES[task])
+  irpo_flags.parse([
+      'irpo', f'--flagfile={FOLDER / f"irpo_{task}.flags"}', f'--run_dir={tmp_path / "run"}',
+      f'--model={model}', f'--train={train}', f'--test={test}', '--train_limit=16',
+      '--test_limit=8', '--dev_prompts=4', '--over_length=drop'])
+  with pytest.raises(Started):
+    irpo.main(['irpo'])

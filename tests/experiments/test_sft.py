@@ -283,7 +283,7 @@ ROWS_THAT_CANNOT_BE = [
     ('--task=gsm8k', {'question': 'q', 'answer': '5'}, 'row 2', 'no worked solution'),
     ('--task=gsm8k', {'question': 'q'}, 'row 2', "'answer'"),
     ('--seed=0', {'prompt': 'q'}, 'row 2', "'response'"),
-    ('--seed=0', {'prompt': 'q', 'response': 'x' * 600}, 'row 2', 'too long'),
+    ('--seed=0', {'prompt': 'q', 'response': '5' * 600}, 'row 2', 'too long'),
 ]
 
 

@@ -71,7 +71,8 @@ def test_no_difference_at_all():
   assert vars(paired_difference(same, same)) == {'value': 0.0, 'low': 0.0, 'high': 0.0}
 
 
-@pytest.mark.parametrize(('before', 'after'), [([True], [True]), ([True] * 3, [True] * 2), ([], [])])
+@pytest.mark.parametrize(
+    ('before', 'after'), [([True], [True]), ([True] * 3, [True] * 2), ([], [])])
 def test_lists_that_cannot_be_paired(before, after):
   with pytest.raises(ValueError, match=f'found {len(before)} and {len(after)}'):
     paired_difference(before, after)

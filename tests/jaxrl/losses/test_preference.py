@@ -1,5 +1,7 @@
 """DPO and IRPO against hand-worked numbers, closed-form and finite-difference gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,7 +85,8 @@ def _reference(batch, name, beta, alpha):
     l = np.asarray(batch['rejected_mask'][row], bool)
     if not w.any() or not l.any():
       continue
-    p_w, r_w = (np.asarray(batch[k][row], np.float64)[w].sum() for k in ('policy_chosen', 'ref_chosen'))
+    p_w, r_w = (np.asarray(batch[k][row], np.float64)[w].sum()
+                for k in ('policy_chosen', 'ref_chosen'))
     p_l, r_l = (np.asarray(batch[k][row], np.float64)[l].sum()
                 for k in ('policy_rejected', 'ref_rejected'))
     z = beta * ((p_w - r_w) - (p_l - r_l))
@@ -166,8 +169,8 @@ def test_identities_and_first_value():
   same = B | {'ref_chosen': B['policy_chosen'], 'ref_rejected': B['policy_rejected']}
   np.testing.assert_allclose(pref_loss('dpo', same, beta=0.1)[0], np.log(2), rtol=1e-6)
   smoothed, _ = pref_loss('dpo', B, beta=0.1, label_smoothing=0.5)
-  swapped = {key.replace('chosen', 'tmp').replace('rejected', 'chosen').replace('tmp', 'rejected'): x
-             for key, x in B.items()}
+  other = {'chosen': 'rejected', 'rejected': 'chosen'}
+  swapped = {re.sub('chosen|rejected', lambda m: other[m[0]], key): x for key, x in B.items()}
   np.testing.assert_allclose(
       smoothed, pref_loss('dpo', swapped, beta=0.1, label_smoothing=0.5)[0], rtol=1e-6)
   _, aux = pref_loss('dpo', same, beta=0.1)
@@ -213,7 +216,8 @@ def test_edges():
 
 @pytest.mark.parametrize(('name', 'options', 'words'), [
     ('dpo', {'beta': 0.0}, 'beta'), ('dpo', {'beta': float('nan')}, 'beta'),
-    ('dpo', {'beta': 'x'}, 'beta'), ('dpo', {'beta': 0.1, 'label_smoothing': 0.6}, 'label_smoothing'),
+    ('dpo', {'beta': 'x'}, 'beta'),
+    ('dpo', {'beta': 0.1, 'label_smoothing': 0.6}, 'label_smoothing'),
     ('irpo', {'alpha': -1.0}, 'alpha'), ('irpo', {'nll_reduction': 'mean'}, 'nll_reduction'),
     ('dpo', {'alpha': 1.0}, 'alpha'), ('nope', {}, 'unknown loss'),
 ])

@@ -73,7 +73,8 @@ def test_gold_stands_in_when_the_only_right_sample_was_cut():
 
 
 CONFIG = PairConfig(
-    pairs_per_prompt=4, gold_in_winners='never', dedup=False, max_pairs=None, max_length=100, seed=0)
+    pairs_per_prompt=4, gold_in_winners='never', dedup=False, max_pairs=None, max_length=100,
+    seed=0)
 
 
 def config(**changes):
@@ -95,7 +96,8 @@ def test_rows_of_pairs():
       sample('b', 0, 'wrong', [15]), sample('c', 0, 'correct', [16]),
       sample('d', 0, 'timeout', [17])]
   rows, counts = build_pairs(samples, {}, config(pairs_per_prompt=3))
-  assert [(r['prompt_id'], r['pair_index'], r['chosen_index'], r['rejected_index']) for r in rows] == [
+  columns = ('prompt_id', 'pair_index', 'chosen_index', 'rejected_index')
+  assert [tuple(r[name] for name in columns) for r in rows] == [
       ('a', 0, 1, 0), ('a', 1, 1, 2), ('a', 2, 1, 3)]
   assert [(r['prompt_ids'], r['chosen_ids'], r['rejected_ids'], r['weight']) for r in rows] == [
       ([1, 2, 3], [11, 12], [10], 1.0), ([1, 2, 3], [11, 12], [13], 1.0),
@@ -158,7 +160,8 @@ def runs(draw):
     if draw(st.booleans()):
       golds[f'p{prompt}'] = draw(st.lists(st.integers(0, 2), min_size=1, max_size=5))
   return samples, golds, config(
-      pairs_per_prompt=draw(st.integers(0, 8)), gold_in_winners=draw(st.sampled_from(GOLD_POLICIES)),
+      pairs_per_prompt=draw(st.integers(0, 8)),
+      gold_in_winners=draw(st.sampled_from(GOLD_POLICIES)),
       dedup=draw(st.booleans()), max_length=draw(st.sampled_from([6, 100])),
       max_pairs=draw(st.sampled_from([None, 0, 3])))
 

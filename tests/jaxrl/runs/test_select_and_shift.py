@@ -60,7 +60,8 @@ def _publish_pairs(session):
   rng = np.random.default_rng(0)
   rows = [{
       'prompt_id': f'p{n}', 'pair_index': 0, 'chosen_index': 0, 'rejected_index': 1,
-      'prompt_ids': rng.integers(5, 260, 4).tolist(), 'chosen_ids': rng.integers(5, 260, 6).tolist(),
+      'prompt_ids': rng.integers(5, 260, 4).tolist(),
+      'chosen_ids': rng.integers(5, 260, 6).tolist(),
       'rejected_ids': rng.integers(5, 260, 5).tolist(), 'weight': 1.0, 'chosen_why': '',
       'rejected_why': '', 'method': 'irpo', 'iteration': 1} for n in range(12)]
   samples = [{
@@ -112,7 +113,8 @@ def test_the_earliest_best_step_is_chosen_and_survives_a_failure(session, start)
   assert choose() == 4
   records = [r for r in read_metrics(session.run.folder / 'metrics.jsonl')
              if r['stage'] == 'select_dev']
-  assert [(r['step'], r['greedy_accuracy']) for r in records] == [(2, 0.2), (4, 0.6), (6, 0.6), (8, 0.6)]
+  assert [(r['step'], r['greedy_accuracy']) for r in records] == [
+      (2, 0.2), (4, 0.6), (6, 0.6), (8, 0.6)]
   written = json.loads((session.run.folder / 'iteration_01' / 'selection.json').read_text())
   assert written['best'] == 4 and len(set(seen)) == len(seen)
   assert choose() == 4        # finished: asks nothing, the iterator would be exhausted

@@ -73,7 +73,7 @@ def random_requests(rng, count, draws=1, temperature=None):
 
 @functools.cache
 def next_logits():
-  """(ids padded to a fixed length, index) -> logits of the next token, by the whole forward pass."""
+  """(ids padded to a fixed length, index) -> logits of the next token, by a whole forward."""
   params = jax.tree.map(jnp.asarray, random_params())
 
   @jax.jit
@@ -198,7 +198,8 @@ def test_programs_do_not_grow_with_the_requests(base):
 
 prompts = st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=MAX_PROMPT)
 requests_strategy = st.lists(st.builds(
-    Request, key=st.integers(0, 2**32 - 1), draw=st.integers(0, 2**31), prompt_ids=prompts.map(tuple),
+    Request, key=st.integers(0, 2**32 - 1), draw=st.integers(0, 2**31),
+    prompt_ids=prompts.map(tuple),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0])), max_size=30)
 
 

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 from etils import epath
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_tokenizers import write
 
 from jaxrl.errors import InputError

@@ -48,7 +48,8 @@ def test_the_newest_comes_back_and_only_so_many_are_kept(folder):
   assert (step, warnings) == (2, [])
   assert_same(found, state(2))
   checkpoint.save(folder, 3, state(3))
-  assert [path.name for path in checkpoint.checkpoints(folder)] == ['step_00000002', 'step_00000003']
+  assert [path.name for path in checkpoint.checkpoints(folder)] == [
+      'step_00000002', 'step_00000003']
   assert not list(folder.glob('.*')), 'nothing half-written is left'
 
 
@@ -133,7 +134,8 @@ def test_arrays_that_the_system_refuses_to_write(folder):
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, limits[1]))
   try:
-    with pytest.raises(InputError, match='(?s)step_00000003: .*could not be written.*File too large'):
+    with pytest.raises(
+        InputError, match='(?s)step_00000003: .*could not be written.*File too large'):
       checkpoint.save(folder, 3, big)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
