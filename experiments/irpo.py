@@ -27,6 +27,7 @@ from jaxrl.preferences.irpo import PairConfig, build_pairs
 from jaxrl.runs import session as sessions
 from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage, greedy_accuracy
 from jaxrl.runs.folder import current_versions, open_run
+from jaxrl.runs.input_stage import input_stage
 from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.pair_stage import pair_stage
 from jaxrl.runs.problem_set import gold_response_ids, read_problem_set
@@ -68,6 +69,7 @@ def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
           max_prompt_length=FLAGS.max_prompt_length, over_length=FLAGS.over_length)
       for split, path in paths.items()
   }
+  input_stage(session, paths)
   if FLAGS.model is None:
     start = world.seed_stage(session, start.parent, engine, rule, sets['dev'], lengths)
   train, test = sets['train'], sets['test']

@@ -238,6 +238,11 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
               stop=look)
   model = run.path('sft/train', 'sft/model')
   held_out_stage('after', loop.steps, model)
+  if test_rows:
+    before, after = (run.entries[f'sft/{name}'].counts for name in ('before', 'after'))
+    session.progress.line(
+        f'held-out loss per token: {before["nll"]:.4f} before and {after["nll"]:.4f} after '
+        f'{loop.steps} steps, over {after["tokens"]} tokens of {after["rows"]} rows')
   return model
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from jaxrl.errors import InputError
-from jaxrl.runs import durable
+from jaxrl.runs import durable, manifest
 from jaxrl.runs.lock import hold_lock
 from jaxrl.runs.stages import Run
 
@@ -66,10 +66,11 @@ def open_run(
     ) from error
   with stack:
     _check_is_run_or_empty(folder)   # again: another process may have filled it before the lock
-    if (folder / FLAGS).exists():
+    if (folder / FLAGS).exists() and _has_work(folder):
       _check_flags(folder, decode_flags(folder / FLAGS), flags, set(free_flags))
     _write_versions(folder / VERSIONS, versions)
-    if not (folder / FLAGS).exists():   # last: this file is what makes the folder a run
+    if not ((folder / FLAGS).exists() and _has_work(folder)):
+      # Last: this file is what makes the folder a run.
       durable.write_file(folder / FLAGS, text.encode())
     yield Run(folder)
 
@@ -154,6 +155,14 @@ def _check_is_run_or_empty(folder: epath.Path) -> None:
         found=', '.join(sorted(names - _BEFORE_FLAGS)[:5]),
         fix='Give another --run_dir',
     )
+
+
+def _has_work(folder: epath.Path) -> bool:
+  """Whether a stage was begun. A start that was refused before leaves flags that bind nothing."""
+  if (folder / manifest.NAME).exists():
+    return True
+  return any(
+      name.endswith('.partial') for _, names, _ in os.walk(folder) for name in names)
 
 
 def _check_flags(

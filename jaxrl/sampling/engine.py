@@ -204,7 +204,7 @@ def make_engine(
         'prompt and response do not fit into the context of the model', where='--max_new_tokens',
         expected=f'longest prompt + max_new_tokens <= {model.max_length}',
         found=f'{max_prompt} + {sampling.max_new_tokens}',
-        fix='Lower --max_new_tokens or --max_prompt_tokens')
+        fix='Lower --max_new_tokens or --max_prompt_length')
   specs, rows = _slot_specs(), PartitionSpec(ROLLOUT_SLOTS)
   on_slots = functools.partial(jax.shard_map, mesh=mesh, check_vma=False, out_specs=specs)
   prefill = on_slots(functools.partial(_prefill, c=model),

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import pathlib
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -192,6 +193,8 @@ def test_a_run_leaves_its_records(trained):
   held_out = {r['step']: r['nll'] for r in records if r['stage'] == 'held_out'}
   assert sorted(held_out) == [0, 4, 6] and held_out[6] < held_out[4] < held_out[0]
   assert [r['step'] for r in records if r['stage'] == 'train'] == [1, 2, 3, 4, 5, 6]
+  assert re.search(r'loss per token: \S+ before and \S+ after 6 steps, over \d+ tokens of 10 rows',
+                   trained.stdout)
   assert f'model: {trained.folder / "sft" / "model"}' in trained.stdout
   assert '40 rows' in trained.stdout and '0 rows dropped' in trained.stdout
 

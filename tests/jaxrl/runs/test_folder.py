@@ -23,7 +23,20 @@ VERSIONS = {'python': '3', 'jax': '0'}
 def open_once(run_dir, flags=None, versions=None, **kwargs):
   flags, versions = flags or {'lr': '0.1'}, versions or VERSIONS
   with open_run(run_dir, flags=flags, versions=versions, **kwargs) as run:
+    run.stage('first', ('first.txt',), lambda scratch: (scratch / 'first.txt').write_text('') or {})
     return run
+
+
+def test_flags_of_a_start_that_did_nothing_bind_nothing(tmp_path):
+  for value in ('typo', 'right'):
+    with open_run(tmp_path / 'run', flags={'train': value}, versions=VERSIONS):
+      pass
+  assert (tmp_path / 'run' / 'flags.flags').read_text() == '--train=right\n'
+  with pytest.raises(ZeroDivisionError), open_run(
+      tmp_path / 'run', flags={'train': 'right'}, versions=VERSIONS) as run:
+    run.stage('iteration_01/a', ('iteration_01/a.txt',), lambda scratch: {'x': 1 / 0})
+  with pytest.raises(InputError, match="--train was 'right' and is now 'other'"):
+    open_once(tmp_path / 'run', {'train': 'other'})
 
 
 def test_a_new_folder_holds_flags_versions_and_lock(tmp_path):
