@@ -1,6 +1,7 @@
 """Verdicts are computed from the figures; each can come out either way."""
 
 import pytest
+
 from experiments.irpo_ablation import verdicts
 
 
