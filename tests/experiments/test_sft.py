@@ -229,25 +229,26 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch):
-  """Killed after the second checkpoint was saved and before the look that belongs to it."""
-  save = checkpoint.save
+  """Killed after the last checkpoint and the look that belongs to it."""
+  log, save, saved = sft.log_held_out, checkpoint.save, []
 
-  def save_and_die(folder, at, state, **options):
-    save(folder, at, state, **options)
-    if at == 4:
+  def log_and_die(session, step, numbers):
+    log(session, step, numbers)
+    if step == 4:
       raise Killed
 
+  def save_and_tell(folder, step, state, **options):
+    saved.append(step)
+    save(folder, step, state, **options)
+
   arguments = (f'--run_dir={tmp_path / "run"}', *trained.arguments)
+  monkeypatch.setattr(checkpoint, 'save', save_and_tell)
   with monkeypatch.context() as patch, pytest.raises(Killed):
-    patch.setattr(checkpoint, 'save', save_and_die)
+    patch.setattr(sft, 'log_held_out', log_and_die)
     run(*arguments)
-  assert not (tmp_path / 'run' / 'sft' / 'model').exists()
-  steps = []
-  with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, 'save', lambda folder, at, state, **options: (
-        steps.append(at), save(folder, at, state, **options)))
-    assert run(*arguments).status == 0
-  assert steps == []   # it did not start again
+  assert saved == [2, 4] and not (tmp_path / 'run' / 'sft' / 'model').exists()
+  assert run(*arguments).status == 0
+  assert saved == [2, 4]   # it did not start again
   whole, resumed = (irpo_runs.contents(folder) for folder in (trained.folder, tmp_path / 'run'))
   assert irpo_runs.differences(whole, resumed) == []
 

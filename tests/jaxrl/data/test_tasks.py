@@ -4,12 +4,12 @@ import json
 import re
 
 import pytest
-from shared_data import SHARED
 
 from jaxrl.data.readers import read_problems
 from jaxrl.data.rows import Row
 from jaxrl.data.tasks import MARKER, TASKS, get_task, gsm8k_gold, gsm8k_solution, read_answer
 from jaxrl.errors import InputError
+from tests.shared_data import SHARED
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f'no shared data at {SHARED}')
 REAL = [

@@ -11,13 +11,13 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import report_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import proportion
 from jaxrl.runs import report, report_page, report_tables, tables
+from tests.jaxrl.runs import report_run
 
 
 class Page(html.parser.HTMLParser):

@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
-import report_run
 
 from jaxrl.runs import report, report_tables
+from tests.jaxrl.runs import report_run
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 DRIVER = shutil.which('chromedriver')

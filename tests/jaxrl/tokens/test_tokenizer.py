@@ -8,12 +8,12 @@ import pytest
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_tokenizers import write
 
 from jaxrl.errors import InputError
 from jaxrl.tokens import tokenizer as tokenizer_module
 from jaxrl.tokens.prompts import prompt_ids
 from jaxrl.tokens.tokenizer import decode, load_tokenizer, response_ids
+from tests.jaxrl.tokens.small_tokenizers import write
 
 EXACT = ('byte_level', 'metaspace_bpe')   # families that can write any text
 TEMPLATES = ('chatml', 'inst', 'none')
