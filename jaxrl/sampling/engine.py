@@ -242,6 +242,9 @@ def _check_requests(engine: Engine, requests: Sequence[Request]) -> None:
     if len(r.prompt_ids) > engine.max_prompt:
       raise InputError('the prompt is too long', where=f'request {n}',
                        expected=f'at most {engine.max_prompt} ids', found=len(r.prompt_ids))
+    if not 0 <= r.temperature < float('inf'):
+      raise InputError('temperature out of range', where=f'request {n}',
+                       expected='a finite number >= 0', found=r.temperature)
 
 
 def _fill(engine: Engine, owner: np.ndarray, pending: collections.deque[int],
@@ -287,7 +290,8 @@ def generate(
   computed once for all of them.
 
   Raises:
-    InputError: a prompt is empty or too long; nothing has been compiled then.
+    InputError: a prompt is empty or too long, or a temperature out of range; nothing has been
+      compiled then.
   """
   _check_requests(engine, requests)
   slots = jax.sharding.NamedSharding(engine.mesh, PartitionSpec(ROLLOUT_SLOTS))

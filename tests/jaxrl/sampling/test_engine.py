@@ -232,13 +232,15 @@ def test_what_cannot_run_is_refused_when_the_engine_is_made(changes, message):
     make_engine(CONFIG, SamplingConfig(MAX_NEW), mesh=mesh, **arguments)
 
 
-@pytest.mark.parametrize(('prompt', 'message'), [
-    ((), 'request 1: .*at least one id'),
-    ((1,) * 9, 'request 1: .*at most 8 ids; found 9'),
+@pytest.mark.parametrize(('prompt', 'temperature', 'message'), [
+    ((), 1.0, 'request 1: .*at least one id'),
+    ((1,) * 9, 1.0, 'request 1: .*at most 8 ids; found 9'),
+    ((1,), -0.5, 'request 1: .*>= 0; found -0.5'),
+    ((1,), float('nan'), 'request 1: .*>= 0; found nan'),
 ])
-def test_bad_requests_are_refused_before_anything_is_compiled(prompt, message):
+def test_bad_requests_are_refused_before_anything_is_compiled(prompt, temperature, message):
   engine, params = build(config(slots=4))
-  requests = [Request(0, 0, (1,), 1.0), Request(1, 0, prompt, 1.0)]
+  requests = [Request(0, 0, (1,), 1.0), Request(1, 0, prompt, temperature)]
   with pytest.raises(InputError, match=message):
     list(generate(engine, params, requests, seed=0))
   assert engine.compiled_programs() == 0

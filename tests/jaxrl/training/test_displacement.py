@@ -36,7 +36,7 @@ def start():
                           tiny.PAD) for half in (pairs[:HALF], pairs[HALF:])]
   mesh = tiny.one_device()
   state, _ = tiny.take_steps(
-      tiny.compiled_step('sft'), tiny.start_state(mesh), rows * 100, mesh, learning_rate=3e-3)
+      tiny.compiled_step('sft'), tiny.start_state(mesh), rows * 60, mesh, learning_rate=3e-3)
   params = jax.tree.map(np.asarray, state.params)
   return params, tiny.own_reference(pairs, jax.device_put(params))
 
