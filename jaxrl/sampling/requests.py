@@ -9,10 +9,9 @@ from jaxrl.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How tokens are drawn. Temperature 0 is greedy."""
+  """How tokens are drawn, for all requests of an engine; the temperature is each request's."""
 
   max_new_tokens: int
-  temperature: float = 1.0
   top_p: float = 1.0
   top_k: int | None = None
 
@@ -20,9 +19,6 @@ class SamplingConfig:
     if self.max_new_tokens < 1:
       raise InputError('nothing would be sampled', where='--max_new_tokens',
                        expected='at least 1', found=self.max_new_tokens)
-    if not 0 <= self.temperature < float('inf'):
-      raise InputError('temperature out of range', where='--temperature',
-                       expected='a finite number >= 0', found=self.temperature)
     if not 0 < self.top_p <= 1:
       raise InputError('top_p out of range', where='--top_p', expected='in (0, 1]',
                        found=self.top_p)
@@ -42,7 +38,7 @@ class Request:
   key: int                    # uint32; e.g. a hash of the prompt id
   draw: int
   prompt_ids: tuple[int, ...]
-  temperature: float
+  temperature: float          # 0 is greedy
 
 
 @dataclasses.dataclass(frozen=True)

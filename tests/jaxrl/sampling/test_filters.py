@@ -93,9 +93,6 @@ def test_low_temperatures_are_greedy(temperature):
 
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'max_new_tokens': 0}, '--max_new_tokens: .*at least 1; found 0'),
-    ({'temperature': -0.1}, '--temperature: .*found -0.1'),
-    ({'temperature': float('nan')}, '--temperature: .*found nan'),
-    ({'temperature': float('inf')}, '--temperature: .*found inf'),
     ({'top_p': 0.0}, '--top_p: .*found 0.0'),
     ({'top_p': 1.01}, '--top_p: .*found 1.01'),
     ({'top_k': 0}, '--top_k: .*found 0'),
