@@ -212,6 +212,8 @@ def _local(path: epath.Path) -> Iterator[str]:
 
 
 def _load(local: str, name: str) -> Any:
+  # Its advice to install PyTorch is not for us: tokenizers are all we use of it.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   from transformers import AutoTokenizer
 
   try:
