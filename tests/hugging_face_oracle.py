@@ -1,5 +1,7 @@
 """Random-weight checkpoints written by transformers, and what its forward pass makes of them."""
 
+import copy
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -10,38 +12,109 @@ import pytest
 import transformers
 
 from jaxrl.models import decoder
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.hugging_face import load_params, read_config
+from tests.family_shapes import LLAMA3_ROPE, SHAPES, SMALL
+from tests.tiny_model import QUICK
+
+__all__ = [
+    'LLAMA3_ROPE', 'Answers', 'answers', 'greedy', 'load', 'make_llama', 'make_model',
+    'our_greedy', 'our_logits', 'relative_gap', 'save_llama', 'save_model', 'torch',
+    'torch_greedy', 'torch_logits']
 
 torch = pytest.importorskip('torch', reason='transformers needs PyTorch for its forward pass')
 
 torch.set_num_threads(1)               # the models are too small to share
 transformers.utils.logging.disable_progress_bar()
 
-LLAMA3_ROPE = {
-    'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-    'original_max_position_embeddings': 32,
-}
-SMALL = dict(
-    vocab_size=101, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0)
+STEPS = 64
+PROMPTS = (48, 17, 3)                  # tokens
+LENGTH = max(PROMPTS) + STEPS          # of every array; the longest prompt needs no padding
+
+
+def make_model(family: str, seed: int = 0, **settings):
+  """A float32 model whose weights are large enough for every one of them to matter."""
+  config = transformers.AutoConfig.for_model(family, **copy.deepcopy(SMALL | settings))
+  config._experts_implementation = 'eager'
+  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      noise = torch.randn(p.shape, generator=generator)
+      if p.ndim == 1:
+        # Weights of norms stay around the value under which they do nothing. What Gemma's layers
+        # add must outweigh its large embeddings, or every token would be followed by itself.
+        louder = 2.0 if family.startswith('gemma') and '.post_' in name else 0.0
+        p.copy_(0.3 * noise if name.endswith('bias') else p.round() + louder + 0.2 * noise)
+      else:
+        scale = 2.5 if '.gate.weight' in name else 1.2           # routers choose clearly
+        p.copy_(noise * scale / p.shape[-1] ** 0.5)
+  return model
+
+
+def save_model(folder: Path, family: str, seed: int = 0, dtype=torch.float32, **settings):
+  """Writes a random model with `save_pretrained` and returns it."""
+  model = make_model(family, seed, **settings)
+  model.to(dtype).save_pretrained(folder)
+  return model
 
 
 def make_llama(seed: int = 0, **settings) -> transformers.LlamaForCausalLM:
-  """A float32 Llama whose weights are large enough for every one of them to matter."""
-  config = transformers.LlamaConfig(**(SMALL | settings))
-  model = transformers.LlamaForCausalLM(config).eval()
-  generator = torch.Generator().manual_seed(seed)
-  with torch.no_grad():
-    for p in model.parameters():
-      noise = torch.randn(p.shape, generator=generator)
-      p.copy_(1 + 0.2 * noise if p.ndim == 1 else noise * 1.2 / p.shape[1] ** 0.5)
-  return model
+  return make_model('llama', seed, **settings)
 
 
 def save_llama(folder: Path, seed: int = 0, dtype=torch.float32, shard='5GB', **settings):
   model = make_llama(seed, **settings)
   model.to(dtype).save_pretrained(folder, max_shard_size=shard)
   return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What transformers says about one model, and the model as we read it."""
+
+  model: transformers.PreTrainedModel
+  params: dict
+  c: ModelConfig
+  sequences: np.ndarray       # [B, LENGTH] int64: prompts with their greedy continuations
+  lengths: np.ndarray         # [B] of the sequences; zeros follow
+  logits: np.ndarray          # [B, LENGTH, V] float32
+
+  @property
+  def real(self) -> np.ndarray:                # [B, LENGTH] bool, False on padding
+    return np.arange(LENGTH)[None] < self.lengths[:, None]
+
+  @property
+  def continuations(self) -> list[list[int]]:
+    return [list(map(int, row[n - STEPS:n]))
+            for row, n in zip(self.sequences, self.lengths, strict=True)]
+
+
+def answers(folder: Path, family: str, shape: str, seed: int = 3) -> Answers:
+  """Writes the model into `folder`, asks transformers, and reads the folder back."""
+  model = save_model(folder, family, seed, **SHAPES[family][shape])
+  rng = np.random.default_rng(seed)
+  # Neither padding nor the ends of a text, which could mean something to `generate`.
+  prompts = [rng.integers(3, model.config.vocab_size, n) for n in PROMPTS]
+  continued = greedy(model, prompts, STEPS)
+  lengths = np.array([n + STEPS for n in PROMPTS])
+  sequences = np.zeros((len(prompts), LENGTH), np.int64)
+  for row, prompt, more in zip(sequences, prompts, continued, strict=True):
+    row[:len(prompt) + STEPS] = [*prompt, *more]
+  mask = np.arange(LENGTH)[None] < lengths[:, None]
+  c = read_config(folder)
+  return Answers(
+      model, load_params(folder, c), c, sequences, lengths, torch_logits(model, sequences, mask))
+
+
+def load(folder: Path) -> tuple[dict, ModelConfig]:
+  c = read_config(folder)
+  return load_params(folder, c), c
+
+
+def relative_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """Largest difference over largest magnitude."""
+  return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def torch_logits(model, tokens: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -52,31 +125,34 @@ def torch_logits(model, tokens: np.ndarray, mask: np.ndarray | None = None) -> n
     return model(input_ids=ids, attention_mask=mask).logits.float().numpy()
 
 
-def torch_greedy(model, prompt: np.ndarray, steps: int) -> list[int]:
-  """The next `steps` tokens of one unpadded prompt [T], never stopping."""
+def greedy(model, prompts: list[np.ndarray], steps: int) -> list[list[int]]:
+  """The next `steps` tokens of each prompt by transformers, padded on the left, never stopping."""
+  width = max(map(len, prompts))
+  tokens = np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int64)
+  mask = np.stack([np.arange(width) >= width - len(p) for p in prompts]).astype(np.int64)
   with torch.no_grad():
     out = model.generate(
-        torch.from_numpy(prompt[None].astype(np.int64)), max_new_tokens=steps, do_sample=False,
-        min_new_tokens=steps, eos_token_id=None, pad_token_id=0,
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64))
-  return out[0, len(prompt):].tolist()
+        torch.from_numpy(tokens), attention_mask=torch.from_numpy(mask), max_new_tokens=steps,
+        min_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0)
+  return out[:, width:].tolist()
 
 
-@functools.partial(jax.jit, static_argnums=2)
+def torch_greedy(model, prompt: np.ndarray, steps: int) -> list[int]:
+  """The next `steps` tokens of one unpadded prompt [T]."""
+  return greedy(model, [prompt], steps)[0]
+
+
+@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
 def _prefill(params, tokens, c):
   hidden, kv = decoder.forward(params, tokens, c, keep_kv=True)
-  return _logits(hidden, params, c), kv
+  return decoder.logits(params, hidden, c), kv
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=4, compiler_options=QUICK)
 def _decode(params, tokens, positions, cache, c):
   hidden, cache = decoder.decode_step(params, tokens, positions, cache, c)
-  return jnp.argmax(_logits(hidden[:, None], params, c)[:, 0], axis=-1).astype(jnp.int32), cache
-
-
-def _logits(hidden, params, c):
-  head = decoder.output_matrix(params, c)
-  return jnp.einsum('btd,dv->btv', hidden, head, preferred_element_type=jnp.float32)
+  logits = decoder.logits(params, hidden, c)
+  return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
 
 def our_logits(params, tokens: np.ndarray, c) -> np.ndarray:
@@ -84,14 +160,19 @@ def our_logits(params, tokens: np.ndarray, c) -> np.ndarray:
   return np.asarray(_prefill(params, jnp.asarray(tokens, jnp.int32), c)[0])
 
 
-def our_greedy(params, prompts: list[np.ndarray], c, steps: int) -> list[list[int]]:
-  """The next `steps` tokens of each prompt: right-padded prefill, then `decode_step`."""
+def our_greedy(
+    params, prompts: list[np.ndarray], c, steps: int, width: int | None = None
+) -> list[list[int]]:
+  """The next `steps` tokens of each prompt: prefill padded on the right, then `decode_step`.
+
+  With `width` the prompts are padded to that many tokens, which must hold the continuation too.
+  """
   lengths = np.array([len(p) for p in prompts], np.int32)
-  tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+  tokens = np.zeros((len(prompts), width or lengths.max()), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[:len(prompt)] = prompt
   logits, kv = _prefill(params, jnp.asarray(tokens), c)
-  room = [(0, 0), (0, 0), (0, steps), (0, 0), (0, 0)]
+  room = [(0, 0), (0, 0), (0, 0 if width else steps), (0, 0), (0, 0)]
   cache = decoder.Cache(*(jnp.asarray(np.pad(x, room)) for x in kv))
   out = [np.asarray(logits)[np.arange(len(prompts)), lengths - 1].argmax(-1).astype(np.int32)]
   for n in range(steps - 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,23 @@ import jax.numpy as jnp
 
 from jaxrl.models import params as params_lib
 from jaxrl.models.config import ModelConfig
-from jaxrl.models.rope import apply_rope, rope_angles
-from jaxrl.parallel.sharding import contract, gather, look_up, shard
+from jaxrl.models.lora import lora_specs
+from jaxrl.models.mixture import mixture
+from jaxrl.models.params import ParamSpec, decoder_specs, is_spec, layer_specs
+from jaxrl.models.rope import Rotary, apply_rope, rope_angles
+from jaxrl.models.storage import Int8, dequantise
+from jaxrl.parallel.sharding import GATHERED, contract, look_up, shard
 from kernels.attention import attention, decode_attention
 
 Params = params_lib.Params
-# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H]) -> (attended [B,T,N,H], anything to keep)
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], window) -> (attended [B,T,N,H], anything to keep)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'silu': jax.nn.silu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+}
+NO_WINDOW = 2**30                      # more keys than any sequence has
 
 
 @jax.tree_util.register_dataclass
@@ -35,34 +46,134 @@ def init_cache(c: ModelConfig, slots: int, length: int, dtype) -> Cache:
 
 
 def cast(params: Params, dtype) -> Params:
-  """Parameters in the compute dtype; float32 masters stay with the caller."""
-  return jax.tree.map(lambda x: x.astype(dtype), params)
+  """Parameters in the compute dtype; float32 masters stay with the caller.
+
+  Weights stored as int8 stay so: each layer is widened when its turn comes.
+  """
+  return jax.tree.map(
+      lambda x: x if isinstance(x, Int8) else x.astype(dtype), params,
+      is_leaf=lambda x: isinstance(x, Int8))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-  """x / rms(x) * weight, for x [B, T, D] and weight [D]; the mean of squares is float32."""
+def rms_norm(x: jax.Array, weight: jax.Array, c: ModelConfig) -> jax.Array:
+  """x / rms(x) * weight over the trailing dimensions that `weight` has; the mean is float32.
+
+  With `c.norm_offset` the factor is 1 + weight, in float32 (Gemma).
+  """
+  axes = tuple(range(-weight.ndim, 0))
+  weight = weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
   x32 = x.astype(jnp.float32)
-  scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-  return (x32 * scale).astype(x.dtype) * weight[None, None]
+  normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + c.norm_eps)
+  if c.norm_offset:
+    return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+  return normed.astype(x.dtype) * weight
 
 
-def _layer(x, w, angles, attend: Attend, c: ModelConfig):
-  """One block on x [B, T, D]; returns the new x and what `attend` wants kept."""
-  h = rms_norm(x, w['attention_norm'], c.norm_eps)
-  q = contract('btd,dnh->btnh', h, w['q'], 'batch', 'length', 'heads', None)
-  k = contract('btd,dkh->btkh', h, w['k'], 'batch', 'length', 'kv', None)
-  v = contract('btd,dkh->btkh', h, w['v'], 'batch', 'length', 'kv', None)
-  attended, kept = attend(apply_rope(q, angles), apply_rope(k, angles), v)
-  x = x + contract('btnh,nhd->btd', attended, w['o'], 'batch', 'length', 'embed')
-  h = rms_norm(x, w['mlp_norm'], c.norm_eps)
-  gate = contract('btd,df->btf', h, w['gate'], 'batch', 'length', 'mlp')
-  up = contract('btd,df->btf', h, w['up'], 'batch', 'length', 'mlp')
-  x = x + contract('btf,fd->btd', jax.nn.silu(gate) * up, w['down'], 'batch', 'length', 'embed')
-  return x, kept
+def _project(name: str, pattern: str, x, w, c: ModelConfig, *names: str | None) -> jax.Array:
+  """x W, and scale (x A) B where the projection has an adapter, and the bias where it has one."""
+  out = contract(pattern, x, w[name], *names)
+  adapter = w.get('lora', {}).get(name)
+  if adapter is not None and c.lora is not None:
+    operands, result = pattern.split('->')
+    ours, weight = operands.split(',')
+    down, up = ''.join(d for d in weight if d in ours), ''.join(d for d in weight if d not in ours)
+    low = contract(f'{ours},{down}r->btr', x, adapter['a'], 'batch', 'length', None)
+    out = out + c.lora.scale * contract(f'btr,r{up}->{result}', low, adapter['b'], *names)
+  bias = w.get(f'{name}_bias')
+  return out if bias is None else out + bias[None, None]
 
 
-def _layer_axes(c: ModelConfig):
-  return {name: s.axes for name, s in params_lib.layer_specs(c).items()}
+def _mlp(h, w, c: ModelConfig) -> jax.Array:
+  activation = ACTIVATIONS[c.activation]
+  if c.experts is not None:
+    return mixture(h, w, c.experts, activation)
+  gate = _project('gate', 'btd,df->btf', h, w, c, 'batch', 'length', 'mlp')
+  up = _project('up', 'btd,df->btf', h, w, c, 'batch', 'length', 'mlp')
+  return _project(
+      'down', 'btf,fd->btd', activation(gate) * up, w, c, 'batch', 'length', 'embed')
+
+
+def _layer(x, w, kind, rotary: Rotary, attend: Attend, c: ModelConfig):
+  """One block on x [B, T, D]; returns the new x and what `attend` wants kept.
+
+  `kind` holds what differs between layers besides their weights, see `_layer_kinds`.
+  """
+  def norm(name: str, h: jax.Array) -> jax.Array:
+    return rms_norm(h, w[name], c) if name in w else h
+
+  h = norm('attention_norm', x)
+  q = _project('q', 'btd,dnh->btnh', h, w, c, 'batch', 'length', 'heads', None)
+  k = _project('k', 'btd,dkh->btkh', h, w, c, 'batch', 'length', 'kv', None)
+  v = _project('v', 'btd,dkh->btkh', h, w, c, 'batch', 'length', 'kv', None)
+  q, k = norm('q_norm', q), norm('k_norm', k)
+  cos, sin = rotary.cos[kind.get('rope', 0)], rotary.sin[kind.get('rope', 0)]
+  attended, kept = attend(
+      apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, kind.get('window', _same_window(c)))
+  out = _project('o', 'btnh,nhd->btd', attended, w, c, 'batch', 'length', 'embed')
+  x = x + norm('attention_out_norm', out)
+  return x + norm('mlp_out_norm', _mlp(norm('mlp_norm', x), w, c)), kept
+
+
+def _same_window(c: ModelConfig) -> int | None:
+  """The window where all layers have the same one."""
+  return c.windows[0] if c.windows else None
+
+
+def _layer_kinds(c: ModelConfig) -> dict[str, jax.Array]:
+  """Per layer [L] int32: its `window` where they differ, and which `rope` table it reads."""
+  kinds = {}
+  if len(set(c.windows)) > 1:
+    kinds['window'] = jnp.array([w or NO_WINDOW for w in c.windows], jnp.int32)
+  if c.local_rope_theta is not None:
+    kinds['rope'] = jnp.array([w is not None for w in c.windows], jnp.int32)
+  return kinds
+
+
+def _stacked(params: Params) -> dict:
+  """What the scan over layers walks through: weights, and adapters where there are any."""
+  adapters = {'lora': params['lora']['layers']} if 'lora' in params else {}
+  return params['layers'] | adapters
+
+
+def _ready(w: dict, c: ModelConfig, dtype) -> dict:
+  """One layer's weights laid out for compute, gathered in the type they are stored in."""
+  specs: dict = dict(layer_specs(c))
+  if 'lora' in w:
+    specs['lora'] = jax.tree.map(
+        lambda s: dataclasses.replace(s, shape=s.shape[1:], axes=s.axes[1:]),
+        lora_specs(c)['layers'], is_leaf=is_spec)
+  return jax.tree.map(
+      lambda s, x: _laid_out(x, s, s.axes, dtype), specs, w, is_leaf=is_spec)
+
+
+def _laid_out(x, s: ParamSpec, names: tuple[str | None, ...], dtype) -> jax.Array:
+  if not isinstance(x, Int8):
+    return shard(x, *names, rules=GATHERED)
+  kept = [None if n - len(names) in s.summed else name for n, name in enumerate(names)]
+  return dequantise(Int8(shard(x.values, *names, rules=GATHERED),
+                         shard(x.scale, *kept, rules=GATHERED)), dtype)
+
+
+def _top(params: Params, name: str, names: tuple[str | None, ...], c: ModelConfig, dtype):
+  """A weight outside the layers, in the layout given by `names`."""
+  return _laid_out(params[name], decoder_specs(c)[name], names, dtype)
+
+
+def _embed(params: Params, tokens: jax.Array, c: ModelConfig, dtype) -> jax.Array:
+  """[B, T, D]; the factor is rounded to the compute dtype first, as Gemma was trained."""
+  table = _top(params, 'embedding', ('vocab', None), c, dtype)
+  x = look_up(table, tokens, 'batch', 'length', 'embed')
+  return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, x.dtype)
+
+
+def _attention_options(c: ModelConfig) -> dict[str, Any]:
+  scale = c.d_head ** -0.5 if c.attention_scale is None else c.attention_scale
+  return {'scale': scale, 'softcap': c.attention_softcap}
+
+
+def compute_dtype(params: Params):
+  """The dtype of activations: that of the final norm, which is never quantised."""
+  return params['final_norm'].dtype
 
 
 def forward(
@@ -80,20 +191,23 @@ def forward(
   recomputes each layer in the backward pass instead of keeping its activations.
   """
   b, t = tokens.shape
+  dtype = compute_dtype(params)
   positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
   positions = shard(positions, 'batch', 'length')
-  angles = rope_angles(positions, c)
-  x = look_up(_gathered_embedding(params), tokens, 'batch', 'length', 'embed')
+  rotary = rope_angles(positions, c)
+  x = _embed(params, tokens, c, dtype)
 
-  def attend(q, k, v):
-    out = attention(
-        q, k, v, q_positions=positions, k_positions=positions, scale=c.d_head ** -0.5)
+  def attend(q, k, v, window):
+    out = attention(q, k, v, q_positions=positions, k_positions=positions, window=window,
+                    **_attention_options(c))
     return out, ((k, v) if keep_kv else None)
 
-  def body(x, w):
-    return _layer(x, gather(w, _layer_axes(c)), angles, attend, c)
+  def body(x, layer):
+    w, kind = layer
+    return _layer(x, _ready(w, c, dtype), kind, rotary, attend, c)
 
-  x, kept = jax.lax.scan(jax.checkpoint(body) if remat else body, x, params['layers'])
+  x, kept = jax.lax.scan(
+      jax.checkpoint(body) if remat else body, x, (_stacked(params), _layer_kinds(c)))
   return _final_norm(params, x, c), kept
 
 
@@ -106,37 +220,43 @@ def decode_step(
 ) -> tuple[jax.Array, Cache]:
   """Hidden states [R, D] of the newest tokens, and the cache with their keys and values."""
   rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-  angles = rope_angles(positions[:, None], c)
-  x = look_up(_gathered_embedding(params), tokens[:, None], 'batch', 'length', 'embed')
+  dtype = compute_dtype(params)
+  rotary = rope_angles(positions[:, None], c)
+  x = _embed(params, tokens[:, None], c, dtype)
 
   def body(carry, xs):
     x, cache = carry
-    layer, w = xs
+    layer, w, kind = xs
 
-    def attend(q, k, v):
+    def attend(q, k, v, window):
       new_k = cache.k.at[layer, rows, positions].set(k[:, 0], unique_indices=True)
       new_v = cache.v.at[layer, rows, positions].set(v[:, 0], unique_indices=True)
       out = decode_attention(
-          q[:, 0], new_k[layer], new_v[layer], lengths=positions + 1, scale=c.d_head ** -0.5)
+          q[:, 0], new_k[layer], new_v[layer], lengths=positions + 1, window=window,
+          **_attention_options(c))
       return out[:, None], Cache(new_k, new_v)
 
-    return _layer(x, w, angles, attend, c), None
+    return _layer(x, _ready(w, c, dtype), kind, rotary, attend, c), None
 
   layers = jnp.arange(c.n_layers, dtype=jnp.int32)
-  (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, params['layers']))
+  (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, _stacked(params), _layer_kinds(c)))
   return _final_norm(params, x, c)[:, 0], cache
 
 
 def output_matrix(params: Params, c: ModelConfig) -> jax.Array:
   """[D, V]; the embedding transposed where the two are tied."""
+  dtype = compute_dtype(params)
   if c.tie_embeddings:
-    return _gathered_embedding(params).T
-  return shard(params['head'], None, 'vocab')
+    return _top(params, 'embedding', ('vocab', None), c, dtype).T
+  return _top(params, 'head', (None, 'vocab'), c, dtype)
 
 
-def _gathered_embedding(params: Params) -> jax.Array:
-  return shard(params['embedding'], 'vocab', None)
+def logits(params: Params, hidden: jax.Array, c: ModelConfig) -> jax.Array:
+  """Logits [..., V] in float32 of hidden states [..., D], soft-capped where the model is."""
+  out = jnp.einsum('...d,dv->...v', hidden, output_matrix(params, c),
+                   preferred_element_type=jnp.float32)
+  return out if c.final_softcap is None else c.final_softcap * jnp.tanh(out / c.final_softcap)
 
 
 def _final_norm(params: Params, x: jax.Array, c: ModelConfig) -> jax.Array:
-  return rms_norm(x, shard(params['final_norm'], None), c.norm_eps)
+  return rms_norm(x, shard(params['final_norm'], None), c)

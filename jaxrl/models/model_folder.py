@@ -12,12 +12,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors looks up by name)
-import numpy as np
-import safetensors
 
 from jaxrl.errors import InputError
 
@@ -32,8 +28,8 @@ ITEM_BYTES = {
 }
 PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
-Index = tuple[slice, ...]
-ReadTensor = Callable[[str, Index], np.ndarray]
+# read(name, offset, out) fills `out` with the tensor's bytes from byte `offset` of it on.
+ReadTensor = Callable[[str, int, memoryview], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +39,8 @@ class StoredTensor:
   file: Path
   dtype: str                           # as the format spells it: 'F32', 'BF16', ...
   shape: tuple[int, ...]
+  offset: int                          # of its first byte in the file
+  size: int                            # bytes
 
 
 def local_path(folder: str | os.PathLike) -> Path:
@@ -142,7 +140,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if 8 + header_size + end > size:
       raise refuse(f'the file ends before tensor {name!r} does',
                    expected=f'at least {8 + header_size + end} bytes', found=f'{size} bytes')
-    tensors[name] = StoredTensor(path, dtype, shape)
+    tensors[name] = StoredTensor(path, dtype, shape, 8 + header_size + begin, needed)
     spans.append((begin, end, name))
 
   position = 0
@@ -229,19 +227,31 @@ def _find_sharded(folder: Path, index: Path) -> dict[str, StoredTensor]:
 
 
 @contextlib.contextmanager
-def open_tensors(tensors: dict[str, StoredTensor]):
-  """Yields `read(name, index)`, which reads one slice of one tensor; files open once, lazily."""
-  with contextlib.ExitStack() as stack:
-    files = {}
+def open_files(tensors: dict[str, StoredTensor]) -> Iterator[ReadTensor]:
+  """Yields `read(name, offset, out)`; files are opened once, when they are first needed.
 
-    def read(name: str, index: Index) -> np.ndarray:
-      path = tensors[name].file
+  Files are read, not mapped: the pages of a mapping count as memory of the process for as long as
+  the system likes.
+  """
+  with contextlib.ExitStack() as stack:
+    files: dict[Path, int] = {}
+
+    def read(name: str, offset: int, out: memoryview) -> None:
+      x = tensors[name]
+      assert offset + len(out) <= x.size, (name, offset, len(out), x.size)
       try:
-        if path not in files:
-          files[path] = stack.enter_context(safetensors.safe_open(path, framework='np'))
-        return files[path].get_slice(name)[index]
-      except (OSError, safetensors.SafetensorError) as e:
-        raise InputError(f'tensor {name!r} cannot be read', where=path, found=str(e),
+        if x.file not in files:
+          files[x.file] = os.open(x.file, os.O_RDONLY)
+          stack.callback(os.close, files[x.file])
+        done = 0
+        while done < len(out):         # one call returns 2 GiB at most
+          n = os.preadv(files[x.file], [out[done:]], x.offset + offset + done)
+          if n == 0:
+            raise InputError(f'the file ends before tensor {name!r} does', where=x.file,
+                             fix='Copy the file again; it changed while it was read')
+          done += n
+      except OSError as e:
+        raise InputError(f'tensor {name!r} cannot be read', where=x.file, found=e.strerror,
                          fix='Copy the file again') from e
 
     yield read

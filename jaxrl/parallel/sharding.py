@@ -7,7 +7,7 @@ the scan, into the GATHERED layout; the transpose of that gather is the reduce-s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ STORED: Rules = {
     'heads': 'tensor',
     'kv': 'tensor',
     'mlp': 'tensor',
+    'experts': None,
     'vocab': None,
 }
 GATHERED: Rules = {**STORED, 'embed': None}
@@ -73,11 +74,6 @@ def shard(x: jax.Array, *names: str | None, rules: Rules = ACTIVATION) -> jax.Ar
   return jax.sharding.reshard(x, _current_spec(names, rules))
 
 
-def gather(tree, axes):
-  """Lays a tree of parameters out for compute; `axes` holds the logical names of each leaf."""
-  return jax.tree.map(lambda x, names: shard(x, *names, rules=GATHERED), tree, axes)
-
-
 def contract(pattern: str, x: jax.Array, w: jax.Array, *names: str | None, **kwargs) -> jax.Array:
   """einsum whose result is laid out by `names`; sums over a split dimension are reduced here."""
   out = _current_spec(names, ACTIVATION) if _explicit_mesh() else None
@@ -89,6 +85,32 @@ def look_up(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
   if not _explicit_mesh():
     return table[ids]
   return table.at[ids].get(out_sharding=_current_spec(names, ACTIVATION))
+
+
+def over_devices(
+    function: Callable[..., jax.Array],
+    names: tuple[str | None, ...],
+    x: jax.Array,
+    *weights: tuple[jax.Array, tuple[str | None, ...]],
+    summed: str,
+) -> jax.Array:
+  """function(x, *weights) on each device's part of `x`, laid out by `names` before and after.
+
+  Every weight comes with its logical names. Partial results are added over the devices that split
+  the dimension `summed`. Without a mesh it is the plain call.
+  """
+  arrays = [w for w, _ in weights]
+  if not _explicit_mesh():
+    return function(x, *arrays)
+  axes = _current_spec((summed,), ACTIVATION)[0]
+
+  def part(x, *arrays):
+    out = function(x, *arrays)
+    return jax.lax.psum(out, axes) if axes else out
+
+  rows = _current_spec(names, ACTIVATION)
+  specs = [_current_spec(w_names, GATHERED) for _, w_names in weights]
+  return jax.shard_map(part, in_specs=(rows, *specs), out_specs=rows)(x, *arrays)
 
 
 def stored(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:

@@ -27,12 +27,14 @@ def attention(
     q_segments: jax.Array | None = None,   # [B, T] int32
     k_segments: jax.Array | None = None,   # [B, S] int32
     scale: float,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
     impl: str | None = None,
 ) -> jax.Array:               # [B, T, N, H]
   """Causal grouped-query attention; see `ref.attention`, which defines it."""
   return _pick(IMPLEMENTATIONS, impl)(
       q, k, v, q_positions=q_positions, k_positions=k_positions,
-      q_segments=q_segments, k_segments=k_segments, scale=scale)
+      q_segments=q_segments, k_segments=k_segments, scale=scale, window=window, softcap=softcap)
 
 
 def decode_attention(
@@ -42,7 +44,10 @@ def decode_attention(
     *,
     lengths: jax.Array,       # [R] int32, keys that are live
     scale: float,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
     impl: str | None = None,
 ) -> jax.Array:               # [R, N, H]
   """One new token per slot over its cache; see `ref.decode_attention`, which defines it."""
-  return _pick(DECODE_IMPLEMENTATIONS, impl)(q, k, v, lengths=lengths, scale=scale)
+  return _pick(DECODE_IMPLEMENTATIONS, impl)(
+      q, k, v, lengths=lengths, scale=scale, window=window, softcap=softcap)

@@ -15,6 +15,10 @@ def _softmax(scores: jax.Array, keep: jax.Array) -> jax.Array:
   return weights / jnp.where(total > 0, total, 1.0)
 
 
+def _capped(scores: jax.Array, softcap: float | None) -> jax.Array:
+  return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
 def attention(
     q: jax.Array,             # [B, T, N, H]
     k: jax.Array,             # [B, S, K, H]
@@ -25,10 +29,14 @@ def attention(
     q_segments: jax.Array | None = None,   # [B, T] int32
     k_segments: jax.Array | None = None,   # [B, S] int32
     scale: float,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:               # [B, T, N, H]
   """softmax(scale * q k^T) v over keys at positions <= the query's, in the same segment.
 
-  Query head n reads key head n // (N / K). Scores and softmax are float32.
+  Query head n reads key head n // (N / K). Scores and softmax are float32. With `window` a query
+  sees that many keys, its own position included; it may be traced. With `softcap` scores become
+  softcap * tanh(score / softcap) before the mask (Gemma 2).
   """
   if (q_segments is None) != (k_segments is None):
     raise ValueError('q_segments and k_segments go together; one of them is None')
@@ -36,7 +44,10 @@ def attention(
   groups = k.shape[2]
   q = q.reshape(b, t, groups, n // groups, h)
   scores = jnp.einsum('btkgh,bskh->bkgts', q, k, preferred_element_type=jnp.float32) * scale
+  scores = _capped(scores, softcap)
   keep = k_positions[:, None, :] <= q_positions[:, :, None]               # [B, T, S]
+  if window is not None:
+    keep &= k_positions[:, None, :] > q_positions[:, :, None] - window
   if q_segments is not None and k_segments is not None:
     keep &= q_segments[:, :, None] == k_segments[:, None, :]
   weights = _softmax(scores, keep[:, None, None]).astype(v.dtype)
@@ -51,12 +62,18 @@ def decode_attention(
     *,
     lengths: jax.Array,       # [R] int32, keys that are live
     scale: float,
+    window: int | jax.Array | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:               # [R, N, H]
-  """softmax(scale * q k^T) v over the first `lengths[r]` keys of slot r."""
+  """softmax(scale * q k^T) v over the first `lengths[r]` keys of slot r, or the last `window`."""
   r, n, h = q.shape
   groups = k.shape[2]
   q = q.reshape(r, groups, n // groups, h)
   scores = jnp.einsum('rkgh,rskh->rkgs', q, k, preferred_element_type=jnp.float32) * scale
-  keep = jnp.arange(k.shape[1], dtype=jnp.int32)[None] < lengths[:, None]  # [R, S]
+  scores = _capped(scores, softcap)
+  index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+  keep = index < lengths[:, None]                                          # [R, S]
+  if window is not None:
+    keep &= index >= lengths[:, None] - window
   weights = _softmax(scores, keep[:, None, None]).astype(v.dtype)
   return jnp.einsum('rkgs,rskh->rkgh', weights, v).reshape(r, n, h)

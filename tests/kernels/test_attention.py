@@ -16,7 +16,7 @@ SHAPES = [  # B, T, S, N, K, H
 ]
 
 
-def brute_force(q, k, v, keep, scale):
+def brute_force(q, k, v, keep, scale, softcap=None):
   """Query by query in float64; a query with nothing to see gives zeros. keep [B, T, S]."""
   b, t, n, _ = q.shape
   out = np.zeros(q.shape, np.float64)
@@ -25,6 +25,8 @@ def brute_force(q, k, v, keep, scale):
     seen = np.flatnonzero(keep[i, j])
     if len(seen):
       scores = np.array([scale * np.dot(q[i, j, m].astype(np.float64), k[i, s, g]) for s in seen])
+      if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
       weights = np.exp(scores - scores.max())
       out[i, j, m] = (weights / weights.sum()) @ v[i, seen, g].astype(np.float64)
   return out
@@ -136,3 +138,25 @@ def test_segments_of_one_side_only_are_refused():
   with pytest.raises(ValueError, match='segments'):
     attention(
         x, x, x, q_positions=positions, k_positions=positions, q_segments=positions, scale=1.0)
+
+
+@pytest.mark.parametrize('traced', [False, True])
+@pytest.mark.parametrize('window, softcap', [(1, None), (3, 0.5), (100, 2.0), (None, 0.5)])
+def test_windows_and_soft_caps_match_float64(window, softcap, traced):
+  """Training attention and the decoding of each row's last query, windows static or traced."""
+  rng = np.random.default_rng(8)
+  q, k, v = draw(rng, 2, 9, 9, 4, 2, 6)
+  positions = np.arange(9, dtype=np.int32)[None].repeat(2, 0)
+  distance = positions[:, :, None] - positions[:, None]
+  keep = (distance >= 0) & (distance < (window or 9))
+  expected = brute_force(q, k, v, keep, 0.7, softcap)
+  given = jnp.int32(window) if traced and window else window
+  out = attention(q, k, v, q_positions=positions, k_positions=positions, scale=0.7, window=given,
+                  softcap=softcap)
+  np.testing.assert_allclose(out, expected, rtol=2e-6, atol=2e-6)
+  lengths = np.array([9, 4], np.int32)
+  last = decode_attention(
+      np.stack([q[0, 8], q[1, 3]]), k, v, lengths=lengths, scale=0.7, window=given,
+      softcap=softcap)
+  np.testing.assert_allclose(
+      last, np.stack([expected[0, 8], expected[1, 3]]), rtol=2e-6, atol=2e-6)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.token_logp import ref, token_logp
+from kernels.token_logp import log_collision, ref, token_logp
 
 B, D, V = 3, 8, 33
 
@@ -20,20 +20,25 @@ def draw(t, dtype=jnp.float32):
       rng.normal(size=(B, t)))
 
 
-def float64(hidden, head, targets, upstream):
+def float64(hidden, head, targets, upstream, softcap):
   """Values, and gradients of sum(upstream * values) by hand."""
   hidden, head = np.asarray(hidden, np.float64), np.asarray(head, np.float64)
   logits = hidden @ head
+  slope = 1.0
+  if softcap is not None:
+    slope = 1 - np.tanh(logits / softcap) ** 2
+    logits = softcap * np.tanh(logits / softcap)
   top = logits.max(-1, keepdims=True)
   log_z = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
   one_hot = np.eye(V)[np.asarray(targets)]
-  d_logits = upstream[..., None] * (one_hot - np.exp(logits - log_z))
+  d_logits = upstream[..., None] * (one_hot - np.exp(logits - log_z)) * slope
   values = ((logits - log_z) * one_hot).sum(-1)
   return values, d_logits @ head.T, np.einsum('btd,btv->dv', hidden, d_logits)
 
 
+@pytest.mark.parametrize('softcap', [None, 1.5])
 @pytest.mark.parametrize('t, chunk', [(12, 4), (13, 5), (7, 6), (5, 5), (1, 3), (4, 1)])
-def test_values_and_gradients_match_float64(t, chunk):
+def test_values_and_gradients_match_float64(t, chunk, softcap):
   hidden, head, targets, upstream = draw(t)
 
   def total(fn):
@@ -42,9 +47,9 @@ def test_values_and_gradients_match_float64(t, chunk):
       return jnp.sum(jnp.asarray(upstream, jnp.float32) * out), out
     return jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))
 
-  chunked = lambda h, w: token_logp(h, w, targets, chunk=chunk)  # noqa: E731
-  plain = lambda h, w: ref.token_logp(h, w, targets)             # noqa: E731
-  values, d_hidden, d_head = float64(hidden, head, targets, upstream)
+  chunked = lambda h, w: token_logp(h, w, targets, chunk=chunk, softcap=softcap)  # noqa: E731
+  plain = lambda h, w: ref.token_logp(h, w, targets, softcap=softcap)             # noqa: E731
+  values, d_hidden, d_head = float64(hidden, head, targets, upstream, softcap)
   for fn in (chunked, plain):
     grads, out = total(fn)(hidden, head)
     assert out.shape == (B, t) and out.dtype == jnp.float32
@@ -66,7 +71,8 @@ def test_bfloat16_inputs_are_summed_in_float32():
   with jax.numpy_dtype_promotion('strict'):
     out = token_logp(hidden, head, targets, chunk=4)
   assert out.dtype == jnp.float32
-  np.testing.assert_allclose(out, float64(hidden, head, targets, upstream)[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(out, float64(hidden, head, targets, upstream, None)[0],
+                             rtol=1e-5, atol=1e-5)
 
 
 def all_shapes(jaxpr):
@@ -110,3 +116,16 @@ def test_chunks_without_tokens_are_refused(chunk):
   hidden, head, targets, _ = draw(2)
   with pytest.raises(ValueError, match='chunk'):
     token_logp(hidden, head, targets, chunk=chunk)
+
+
+@pytest.mark.parametrize('chunk, softcap', [(4, None), (100, 1.5)])
+def test_collisions_match_float64(chunk, softcap):
+  hidden, head, _, _ = draw(9)
+  logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
+  if softcap is not None:
+    logits = softcap * np.tanh(logits / softcap)
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  np.testing.assert_allclose(
+      log_collision(hidden, head, chunk=chunk, softcap=softcap), np.log((p**2).sum(-1)),
+      rtol=1e-5, atol=1e-5)

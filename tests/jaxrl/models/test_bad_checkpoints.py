@@ -148,7 +148,7 @@ FOLDER_CASES = {
         'model.layers.1.* is not part of the model'),
     'a layer too few': (
         lambda f: edit_object(f / 'config.json', lambda c: c.update(num_hidden_layers=3)),
-        "'model.layers.2.input_layernorm.weight' is missing"),
+        "'model.layers.2.self_attn.q_proj.weight' is missing"),
     'wrong shape': (
         lambda f: edit_tensors(f, lambda t: t.update({Q1: np.zeros((8, 9), np.float32)})),
         rf"'{Q1}' has the wrong shape; expected \[8, 8\]; found \[8, 9\]"),
@@ -254,9 +254,10 @@ CONFIG_CASES = {
     'no family': (dict(model_type=None), 'model_type'),
     'other architecture': (
         dict(architectures=['LlamaForSequenceClassification']), 'LlamaForSequenceClassification'),
-    'bias in attention': (dict(attention_bias=True), "'attention_bias' changes.*found True"),
+    'bias of text': (dict(attention_bias='yes'), "'attention_bias' is malformed.*found 'yes'"),
+    'unknown field': (dict(logit_scale=2.0), "'logit_scale' is not known"),
     'bias in mlp': (dict(mlp_bias=True), "'mlp_bias'"),
-    'activation': (dict(hidden_act='gelu'), "'hidden_act'.*expected silu; found 'gelu'"),
+    'activation': (dict(hidden_act='relu'), "'hidden_act'.*expected silu.*found 'relu'"),
     'dropout': (dict(attention_dropout=0.1), "'attention_dropout'"),
     'split products': (dict(pretraining_tp=2), "'pretraining_tp'.*expected 1; found 2"),
     'quantised': (
@@ -266,8 +267,8 @@ CONFIG_CASES = {
     'layers that differ': (dict(per_layer_config={'0': {'head_dim': 8}}), "'per_layer_config'"),
     'custom code': (dict(auto_map={'AutoModel': 'x.py'}), "'auto_map'"),
     'unknown rotary scaling': (
-        dict(rope_parameters=None, rope_scaling={'rope_type': 'yarn', 'factor': 4.0}),
-        "'rope_scaling' has an unknown rope_type.*found 'yarn'"),
+        dict(rope_parameters=None, rope_scaling={'rope_type': 'ntk', 'factor': 4.0}),
+        "'rope_scaling' has an unknown rope_type.*found 'ntk'"),
     'dynamic rotary scaling, old key': (
         dict(rope_parameters=None, rope_scaling={'type': 'dynamic', 'factor': 4.0}),
         "found 'dynamic'"),

@@ -1,25 +1,28 @@
 """Folders in and out: bits, shards, placement, tokenizer files, and what a failed save leaves."""
 
-import contextlib
+import dataclasses
 import json
 import resource
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
-from flax import traverse_util
 
 from jaxrl.errors import InputError
-from jaxrl.models import model_folder
 from jaxrl.models import params as params_lib
+from jaxrl.models import save
 from jaxrl.models.config import ModelConfig
-from jaxrl.models.hugging_face import load_params, read_config, save_model
-from jaxrl.models.hugging_face_tensors import named_tensors, tensor_shapes
+from jaxrl.models.hugging_face import load_params, read_config, save_model, write_config
+from jaxrl.models.hugging_face_names import TENSORS
+from jaxrl.models.hugging_face_tensors import named_tensors
+from jaxrl.models.identity import identity
 from jaxrl.parallel.mesh import make_mesh
 from tests import hugging_face_oracle as oracle
+from tests.family_shapes import SHAPES
 
 TINY = ModelConfig(
     family='llama', vocab_size=40, d_model=16, n_layers=2, n_heads=4, n_kv=2, d_head=6, d_mlp=24,
@@ -43,17 +46,66 @@ def read_all(folder):
   return tensors
 
 
-@pytest.mark.parametrize('name', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('tied', [False, True])
-def test_round_trip_is_bit_identical(tmp_path, name, tied):
-  oracle.save_llama(
-      tmp_path / 'in', dtype=getattr(oracle.torch, name), tie_word_embeddings=tied, head_dim=10)
+def files_of(folder):
+  """name -> bytes of the weights and of their index."""
+  return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.startswith('model')}
+
+
+# Every family once in the type that checkpoints have; the kinds of tensors in the other types too.
+ROUND_TRIPS = [(family, 'bfloat16') for family in sorted(TENSORS)] + [
+    (family, name) for family in ('llama', 'phi3', 'mixtral') for name in ('float32', 'float16')]
+
+
+@pytest.mark.parametrize('family, name', ROUND_TRIPS)
+def test_round_trip_is_byte_identical(tmp_path, family, name):
+  """The files themselves: header, order and bits are those of `save_pretrained`."""
+  shape = next(iter(SHAPES[family].values())) | {'num_hidden_layers': 2}
+  oracle.save_model(tmp_path / 'in', family, dtype=getattr(oracle.torch, name), **shape)
   c = read_config(tmp_path / 'in')
-  for compute in {'float32', name}:
-    params = load_params(tmp_path / 'in', c, dtype=jnp.dtype(compute))
-    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(compute)}
-    save_model(tmp_path / compute, params, c, tokenizer_from=None, dtype=jnp.dtype(name))
-    assert read_all(tmp_path / compute) == read_all(tmp_path / 'in')
+  params = load_params(tmp_path / 'in', c)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype('float32')}
+  save_model(tmp_path / 'out', params, c, tokenizer_from=None, like=tmp_path / 'in')
+  assert files_of(tmp_path / 'out') == files_of(tmp_path / 'in')
+  assert read_config(tmp_path / 'out') == c
+  before, after = (json.loads((tmp_path / x / 'config.json').read_text()) for x in ('in', 'out'))
+  differing = {key for key in before if after.get(key) != before[key]}
+  assert not differing, {key: (before[key], after.get(key)) for key in differing}
+
+
+@pytest.mark.parametrize('name', ['float32', 'bfloat16', 'float16'])
+def test_parameters_held_in_the_stored_type_keep_their_bits(tmp_path, name):
+  oracle.save_model(
+      tmp_path / 'in', 'llama', dtype=getattr(oracle.torch, name), tie_word_embeddings=True,
+      num_hidden_layers=2, head_dim=10)
+  c = read_config(tmp_path / 'in')
+  params = load_params(tmp_path / 'in', c, dtype=jnp.dtype(name))
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(name)}
+  save_model(tmp_path / 'out', params, c, tokenizer_from=None, dtype=jnp.dtype(name))
+  assert files_of(tmp_path / 'out') == files_of(tmp_path / 'in')
+
+
+def test_each_tensor_keeps_its_own_type(tmp_path, tiny_params):
+  """Checkpoints with norms in float32 among bfloat16 matrices, subnormal numbers included."""
+  save_model(tmp_path / 'm', tiny_params, TINY, tokenizer_from=None)
+  file = tmp_path / 'm' / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(file)
+  for name, x in tensors.items():
+    x = np.where(np.arange(x.size).reshape(x.shape) % 5, x, x * 1e-39).astype(np.float32)
+    tensors[name] = x if 'norm' in name else x.astype(ml_dtypes.bfloat16)
+  safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'})
+  params = load_params(tmp_path / 'm', TINY)
+  save_model(tmp_path / 'out', params, TINY, tokenizer_from=None, like=tmp_path / 'm')
+  assert files_of(tmp_path / 'out') == files_of(tmp_path / 'm')
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert config['torch_dtype'] == 'bfloat16'
+
+
+def test_a_type_to_keep_has_to_be_there(tmp_path, tiny_params):
+  save_model(tmp_path / 'm', tiny_params, TINY, tokenizer_from=None)
+  untied = dataclasses.replace(TINY, tie_embeddings=False)
+  params = tiny_params | {'head': tiny_params['embedding'].T}
+  with pytest.raises(InputError, match="'lm_head.weight' has no type to keep.*no such tensor"):
+    save_model(tmp_path / 'out', params, untied, tokenizer_from=None, like=tmp_path / 'm')
 
 
 def test_tied_weights_are_written_once(tmp_path, tiny_params):
@@ -61,38 +113,31 @@ def test_tied_weights_are_written_once(tmp_path, tiny_params):
   assert 'lm_head.weight' not in read_all(tmp_path / 'm')
 
 
-@pytest.mark.parametrize('shard', ['6KB', '20KB'])
-def test_sharded_checkpoints_are_read(tmp_path, shard):
-  oracle.save_llama(tmp_path / 'one')
-  oracle.save_llama(tmp_path / 'many', shard=shard)
-  assert len(list((tmp_path / 'many').glob('*.safetensors'))) > 2
-  c = read_config(tmp_path / 'one')
-  one, many = (load_params(tmp_path / x, c) for x in ('one', 'many'))
-  assert params_lib.identity(one) == params_lib.identity(many)
+@pytest.mark.parametrize('family', ['llama', 'phi3', 'qwen2', 'mixtral', 'gemma3_text'])
+@pytest.mark.parametrize('shard_bytes', [1, 9000, 30_000])
+def test_shards_and_index_are_those_of_transformers(tmp_path, family, shard_bytes):
+  """Files byte for byte, the index included; tied, fused and experts among them."""
+  shape = next(iter(SHAPES[family].values())) | {'num_hidden_layers': 2}
+  model = oracle.make_model(family, **shape)
+  model.save_pretrained(tmp_path / 'in', max_shard_size=shard_bytes)
+  c = read_config(tmp_path / 'in')
+  params = load_params(tmp_path / 'in', c)
+  save_model(
+      tmp_path / 'out', params, c, tokenizer_from=None, max_shard_bytes=shard_bytes)
+  ours, theirs = files_of(tmp_path / 'out'), files_of(tmp_path / 'in')
+  assert len(theirs) > 3
+  assert ours.keys() == theirs.keys()
+  assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
-def test_shards_and_index_are_named_as_transformers_names_them(tmp_path, tiny_params):
+def test_what_training_made_of_a_model_reloads_in_transformers(tmp_path, tiny_params):
   save_model(tmp_path / 'm', tiny_params, TINY, tokenizer_from=None, max_shard_bytes=6000)
-  index = json.loads((tmp_path / 'm' / 'model.safetensors.index.json').read_text())
-  files = sorted(p.name for p in (tmp_path / 'm').glob('*.safetensors'))
-  n = len(files)
-  assert n > 2
-  assert files == [f'model-{i:05d}-of-{n:05d}.safetensors' for i in range(1, n + 1)]
-  assert set(index['weight_map']) == set(tensor_shapes(TINY))
-  assert set(index['weight_map'].values()) == set(files)
-  assert index['metadata'] == {
-      'total_size': 4 * params_lib.count_params(TINY),
-      'total_parameters': params_lib.count_params(TINY)}
-  sizes = [(tmp_path / 'm' / f).stat().st_size for f in files]
-  assert max(sizes) < 6000 + 1500                      # headers come on top
-  for file in files:
-    with safetensors.safe_open(tmp_path / 'm' / file, 'np') as f:
-      assert f.metadata() == {'format': 'pt'}
-  save_model(tmp_path / 'whole', tiny_params, TINY, tokenizer_from=None)
-  assert read_all(tmp_path / 'm') == read_all(tmp_path / 'whole')
-  _, notes = transformers.LlamaForCausalLM.from_pretrained(
+  model, notes = transformers.LlamaForCausalLM.from_pretrained(
       tmp_path / 'm', output_loading_info=True)
   assert not any(notes.values()), notes
+  assert model.lm_head.weight is model.model.embed_tokens.weight
+  np.testing.assert_array_equal(
+      model.model.norm.weight.detach().numpy(), np.asarray(tiny_params['final_norm']))
 
 
 def test_saving_twice_gives_the_same_bytes(tmp_path, tiny_params):
@@ -102,41 +147,20 @@ def test_saving_twice_gives_the_same_bytes(tmp_path, tiny_params):
   assert a == b
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 4, 2)])
-@pytest.mark.parametrize('tied', [False, True])
-def test_loading_on_a_mesh_gives_the_same_values_in_their_resting_place(tmp_path, sizes, tied):
-  data, fsdp, tensor = sizes
-  oracle.save_llama(tmp_path / 'm', tie_word_embeddings=tied, head_dim=10)
+@pytest.mark.parametrize('family, sizes', [
+    ('llama', (8, 1, 1)), ('llama', (2, 2, 2)), ('phi3', (1, 8, 1)), ('qwen2', (1, 4, 2)),
+    ('mixtral', (1, 4, 2))])
+def test_a_model_on_a_mesh_is_exported_as_the_same_bytes(tmp_path, family, sizes):
+  settings = dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+  settings |= next(iter(SHAPES[family].values())) | {'vocab_size': 101}
+  oracle.save_model(tmp_path / 'm', family, dtype=oracle.torch.bfloat16, **settings)
   c = read_config(tmp_path / 'm')
-  mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor)
-  whole, spread = load_params(tmp_path / 'm', c), load_params(tmp_path / 'm', c, mesh=mesh)
-  shardings = traverse_util.flatten_dict(params_lib.param_shardings(c, mesh))
-  for path, x in traverse_util.flatten_dict(spread).items():
-    assert x.sharding == shardings[path]
-  assert params_lib.identity(whole) == params_lib.identity(spread)
-  save_model(tmp_path / 'out', spread, c, tokenizer_from=None)
-  assert read_all(tmp_path / 'out') == read_all(tmp_path / 'm')
-
-
-def test_only_the_slice_of_a_device_is_read(tmp_path, monkeypatch):
-  """With 8 devices on fsdp no read is larger than an eighth of a matrix."""
-  oracle.save_llama(tmp_path / 'm')
-  c = read_config(tmp_path / 'm')
-  reads = []
-
-  @contextlib.contextmanager
-  def spy(tensors):
-    with model_folder.open_tensors(tensors) as read:
-      def counted(name, index):
-        x = read(name, index)
-        reads.append((name, x.size))
-        return x
-      yield counted
-
-  monkeypatch.setattr('jaxrl.models.hugging_face.open_tensors', spy)
-  load_params(tmp_path / 'm', c, mesh=make_mesh(fsdp=8))
-  whole = {name: int(np.prod(shape)) for name, shape in tensor_shapes(c).items()}
-  assert reads and all(8 * size == whole[name] for name, size in reads)
+  mesh = make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+  params = load_params(tmp_path / 'm', c, mesh=mesh)
+  assert len(params['embedding'].sharding.device_set) == 8
+  save_model(tmp_path / 'out', params, c, tokenizer_from=None, like=tmp_path / 'm')
+  assert files_of(tmp_path / 'out') == files_of(tmp_path / 'm')
+  assert identity(params) == params_lib.identity(load_params(tmp_path / 'm', c))
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_an_error(tmp_path):
@@ -202,6 +226,31 @@ def test_token_ids_and_generation_settings_of_a_model_folder_win(tmp_path, tiny_
   assert json.loads((tmp_path / 'm' / 'config.json').read_text())['eos_token_id'] == [3, 5]
 
 
+def test_fields_that_we_do_not_write_are_kept_of_the_same_model_alone(tmp_path, tiny_params):
+  extra = {'_name_or_path': 'someone/model', 'transformers_version': '4.44.0',
+           'auto_map': {}, 'dtype': 'bfloat16'}
+  source = write_tokenizer(tmp_path / 'source', **{
+      'config.json': write_config(TINY) | extra | {'eos_token_id': 3}})
+  save_model(tmp_path / 'm', tiny_params, TINY, tokenizer_from=source)
+  config = json.loads((tmp_path / 'm' / 'config.json').read_text())
+  assert config == write_config(TINY) | {
+      '_name_or_path': 'someone/model', 'transformers_version': '4.44.0', 'eos_token_id': 3,
+      'torch_dtype': 'float32', 'dtype': 'float32'}
+  other = dataclasses.replace(TINY, norm_eps=1e-3)
+  save_model(tmp_path / 'other', tiny_params, other, tokenizer_from=source)
+  config = json.loads((tmp_path / 'other' / 'config.json').read_text())
+  assert config == write_config(other) | {'eos_token_id': 3, 'torch_dtype': 'float32'}
+
+
+def test_every_chat_template_travels(tmp_path, tiny_params):
+  source = write_tokenizer(tmp_path / 'source')
+  (source / 'additional_chat_templates').mkdir()
+  (source / 'additional_chat_templates' / 'tools.jinja').write_text('{{ tools }}')
+  save_model(tmp_path / 'm', tiny_params, TINY, tokenizer_from=source)
+  copied = tmp_path / 'm' / 'additional_chat_templates' / 'tools.jinja'
+  assert copied.read_text() == '{{ tools }}'
+
+
 def test_a_tokenizer_that_does_not_fit_is_an_error(tmp_path, tiny_params):
   source = write_tokenizer(tmp_path / 'source', **{'config.json': {'eos_token_id': 40}})
   with pytest.raises(InputError, match='eos_token_id.*below vocab_size 40; found 40'):
@@ -240,10 +289,10 @@ def test_a_full_disk_is_an_input_error_and_leaves_nothing(tmp_path, tiny_params)
 
 
 def test_no_space_left_is_called_a_full_disk(tmp_path, tiny_params, monkeypatch):
-  def save_file(*args, **kwargs):
+  def write_file(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(safetensors.numpy, 'save_file', save_file)
+  monkeypatch.setattr(save, 'write_file', write_file)
   with pytest.raises(InputError, match='the disk is full'):
     save_model(tmp_path / 'm', tiny_params, TINY, tokenizer_from=None)
   assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,136 @@
+"""GB/s of `load_params` beside reading the same file raw, and the host memory it takes.
+
+  python -m benchmarks.load_checkpoint /tmp --gigabytes=2
+
+writes a Llama-shaped bfloat16 checkpoint of random finite weights in a private folder there,
+measures every row in its own process, and removes it. Every row finds the file in the page cache
+as the one before left it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+READ_BYTES = 32 * 2**20
+
+
+def write_checkpoint(folder: Path, c, seed: int = 0) -> int:
+  """Random finite bfloat16 weights of `c`, tensor by tensor; returns the size of the file."""
+  from jaxrl.models.hugging_face_config import write_config
+  from jaxrl.models.hugging_face_tensors import tensor_shapes
+
+  header, position = {'__metadata__': {'format': 'pt'}}, 0
+  for name, shape in sorted(tensor_shapes(c).items()):
+    end = position + 2 * int(np.prod(shape))
+    header[name] = {'dtype': 'BF16', 'shape': list(shape), 'data_offsets': [position, end]}
+    position = end
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)
+  rng = np.random.default_rng(seed)
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(write_config(c)))
+  with (folder / 'model.safetensors').open('wb') as f:
+    f.write(len(text).to_bytes(8, 'little') + text)
+    for begin in range(0, position, READ_BYTES):
+      bits = rng.integers(0, 2**16, min(READ_BYTES, position - begin) // 2, np.uint16)
+      # Exponents of all ones are NaN and inf; the others are numbers.
+      f.write(np.where(bits & 0x7F80 == 0x7F80, bits & 0xBFFF, bits).astype(np.uint16).data)
+  return (folder / 'model.safetensors').stat().st_size
+
+
+def config_of(n_bytes: float, layers: int):
+  """A Llama of about `n_bytes` in bfloat16, the shapes of an 8B model scaled down."""
+  from jaxrl.models.config import ModelConfig
+
+  width = 256
+  while True:
+    c = ModelConfig(
+        family='llama', vocab_size=32_000, d_model=width, n_layers=layers, n_heads=width // 64,
+        n_kv=width // 256, d_head=64, d_mlp=width * 7 // 2, max_length=4096)
+    matrices = 2 * c.vocab_size * width + layers * width * (
+        2 * c.n_heads * 64 + 2 * c.n_kv * 64 + 3 * c.d_mlp)
+    if 2 * matrices >= n_bytes:
+      return c
+    width += 256
+
+
+def status_bytes(key: str) -> int:
+  """A field of /proc/self/status: VmRSS is resident now, VmHWM was at the peak."""
+  for line in Path('/proc/self/status').read_text().splitlines():
+    if line.startswith(f'{key}:'):
+      return int(line.split()[1]) * 1024
+  raise RuntimeError(f'no {key}')
+
+
+def measure(row: str, folder: Path) -> dict:
+  """Seconds; and for a load the peak of host memory beyond what was there before and stays."""
+  file = folder / 'model.safetensors'
+  if row == 'raw':
+    buffer = memoryview(bytearray(READ_BYTES))
+    begin = time.perf_counter()
+    with file.open('rb', buffering=0) as f:
+      while f.readinto(buffer):
+        pass
+    return {'seconds': time.perf_counter() - begin}
+
+  import jax
+
+  from jaxrl.models.hugging_face import load_params, read_config
+
+  c = read_config(folder)
+  jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.ones(8)))
+  before = status_bytes('VmRSS')
+  begin = time.perf_counter()
+  params = jax.block_until_ready(load_params(folder, c, dtype=jax.numpy.dtype(row)))
+  seconds = time.perf_counter() - begin
+  on_host = sum(x.nbytes for x in jax.tree.leaves(params) if jax.devices()[0].platform == 'cpu')
+  return {
+      'seconds': seconds,
+      'peak_beyond_parameters': status_bytes('VmHWM') - before - on_host,
+      'parameters_on_host': on_host,
+      'device': jax.devices()[0].device_kind,
+  }
+
+
+def measure_in_process(row: str, folder: Path) -> dict:
+  """`measure` in a process of its own, so that no memory is left over from another row."""
+  command = [sys.executable, '-m', 'benchmarks.load_checkpoint', f'--row={row}', str(folder)]
+  done = subprocess.run(
+      command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('folder', help='where to make a private folder for the checkpoint')
+  parser.add_argument('--gigabytes', type=float, default=2.0, help='least size, in 1e9 bytes')
+  parser.add_argument('--layers', type=int, default=8)
+  parser.add_argument('--row', help='measure this row alone, of the checkpoint that FOLDER is')
+  arguments = parser.parse_args()
+  if arguments.row:
+    print(json.dumps(measure(arguments.row, Path(arguments.folder))))
+    return
+  with tempfile.TemporaryDirectory(prefix='load_checkpoint_', dir=arguments.folder) as folder:
+    c = config_of(arguments.gigabytes * 1e9, arguments.layers)
+    size = write_checkpoint(Path(folder), c)
+    largest = 2 * c.vocab_size * c.d_model
+    print(f'{size / 1e9:.2f} GB bfloat16, largest tensor {largest / 2**20:.0f} MiB')
+    # Twice: the first rows leave the file in the page cache as far as it fits.
+    for row in ('raw', 'float32', 'bfloat16', 'raw', 'float32', 'bfloat16'):
+      found = measure_in_process(row, Path(folder))
+      peak = found.get('peak_beyond_parameters')
+      print(f'{row:10} {size / 1e9 / found["seconds"]:6.2f} GB/s'
+            + ('' if peak is None else f'  peak {peak / 2**20:5.0f} MiB beyond the parameters'
+               f'  {found["device"]}'), flush=True)
+
+
+if __name__ == '__main__':
+  main()
