@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, data_flags, irpo_flags, irpo_table, world
+from experiments import common_flags, data_flags, irpo_flags, irpo_table, lora_flags, world
 from jaxrl.data.batches import pair_arrays, shuffled_batches
 from jaxrl.errors import InputError
 from jaxrl.preferences.irpo import PairConfig, build_pairs
@@ -43,10 +43,10 @@ from jaxrl.runs.shift_stage import shift_stage
 from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.sampling.engine import EngineConfig, make_engine
 from jaxrl.training.loop import LoopConfig, check_loop
-from jaxrl.training.step import preference_objective
+from jaxrl.training.objectives import preference_objective
 
 FLAGS = flags.FLAGS
-for module in (common_flags, data_flags, irpo_flags, world):
+for module in (common_flags, data_flags, irpo_flags, lora_flags, world):
   flags.adopt_module_key_flags(module)
 
 
@@ -57,6 +57,7 @@ def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
   lengths = common_flags.length_buckets(longest)
   check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
              micro_batches=FLAGS.micro_batches, mesh=session.mesh)
+  adapted = lora_flags.adapted(session.model)
   engine = make_engine(
       session.model, config.sampling, EngineConfig(FLAGS.slots, dtype=session.compute.dtype),
       session.mesh, max_prompt=FLAGS.max_prompt_length, eos_ids=session.tokenizer.eos_ids,
@@ -72,6 +73,7 @@ def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
   input_stage(session, paths)
   if FLAGS.model is None:
     start = world.seed_stage(session, start.parent, engine, rule, sets['dev'], lengths)
+  start = lora_flags.start_from(session, start)
   train, test = sets['train'], sets['test']
   solutions = gold_response_ids(session, train.problems) \
       if FLAGS.gold_in_winners != 'never' else {}
@@ -85,8 +87,9 @@ def iterate(session: Session, config: irpo_flags.IrpoConfig, start: epath.Path,
                      found=FLAGS.dev_prompts)
   held_out = train.held_out(FLAGS.dev_prompts, FLAGS.seed)
   trainer = make_trainer(
-      preference_objective(config.loss, config.loss_options, session.model, session.compute),
-      common_flags.optimizer_config(), FLAGS.micro_batches)
+      preference_objective(
+          config.loss, config.loss_options, adapted or session.model, session.compute),
+      common_flags.optimizer_config(), FLAGS.micro_batches, adapted)
 
   def evaluate(t: int, model: sessions.Model) -> None:
     evaluation_stage(session, t, engine, model, Evaluation(

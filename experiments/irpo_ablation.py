@@ -3,7 +3,8 @@
 `python -m experiments.irpo_ablation --seeds=0,1,2` runs `experiments.irpo` twice per seed, with the
 world's --nll_alpha and with 0, from the same seed model and with the same first samples, and prints
 what the paper claims beside what is seen. Verdicts are computed from the run folders. Every run
-resumes; the same command again goes on where it stopped.
+resumes; the same command again goes on where it stopped. The folder is --output, by default
+runs/irpo_ablation.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, irpo_flags
+from experiments import common_flags, irpo_flags, output_flag
 from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import Estimate, mean_estimate, paired_difference
 from jaxrl.runs.manifest import read_manifest
@@ -25,7 +26,8 @@ from jaxrl.runs.progress import Progress
 from jaxrl.runs.tables import EVALUATION, read_table
 
 FLAGS = flags.FLAGS
-OUTPUT = flags.DEFINE_string('output', 'runs/irpo_ablation', 'Folder of the runs and summary.json.')
+flags.adopt_module_key_flags(output_flag)
+DEFAULT_OUTPUT = 'runs/irpo_ablation'      # folder of the runs and summary.json
 SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the world, the model and the draws.')
 EXTRA = flags.DEFINE_multi_string(
     'with_flag', [], 'A flag for every run, as --with_flag=--iterations=1; may be repeated.')
@@ -154,7 +156,7 @@ def main(argv) -> None:
   except ValueError:
     raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
                      found=','.join(SEEDS.value)) from None
-  output = epath.Path(OUTPUT.value)
+  output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
   folders: dict[int, dict[str, epath.Path]] = {}
   for seed in seeds:
     first = output / f'seed_{seed}_with_nll'

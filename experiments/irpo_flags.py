@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import common_flags, data_flags, world
+from experiments import common_flags, data_flags, lora_flags, world
 from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.preferences.irpo import GOLD_POLICIES
@@ -18,7 +18,7 @@ from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-MODULES = (common_flags, data_flags, world, sys.modules[__name__])
+MODULES = (common_flags, data_flags, lora_flags, world, sys.modules[__name__])
 WORLD_FLAGS = Path(__file__).parent / 'flags' / 'irpo_world.flags'
 
 flags.DEFINE_integer('iterations', 3, 'Iterations.', lower_bound=1)
@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> list[str]:
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
   task = TASKS[FLAGS.task]
-  idle: dict[str, str] = {}
+  idle = lora_flags.without_effect()
   if FLAGS.model is None:
     own = ('train', 'test', 'prompt_field', 'answer_field', 'id_field', 'template')
     idle |= dict.fromkeys(own, 'the embedded world has its own problems')
@@ -145,6 +145,7 @@ def check() -> IrpoConfig:
   if loss == 'irpo':
     options |= {'alpha': FLAGS.nll_alpha, 'nll_reduction': FLAGS.nll_reduction}
   common_flags.optimizer_config()
+  lora_flags.check()
   return IrpoConfig(
       iterations=FLAGS.iterations, samples_per_prompt=FLAGS.samples_per_prompt,
       temperatures=temperatures, loss=loss, loss_options=options,

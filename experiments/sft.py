@@ -27,7 +27,7 @@ import pyarrow as pa
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, data_flags, sft_flags
+from experiments import common_flags, data_flags, lora_flags, sft_flags
 from jaxrl.data.batches import TokenRow, sequence_arrays, shuffled_batches
 from jaxrl.data.readers import Example, ExampleFields, read_examples, read_problems
 from jaxrl.errors import InputError
@@ -49,10 +49,10 @@ from jaxrl.tokens.tokenizer import Tokenizer, load_tokenizer, response_ids
 from jaxrl.training.loop import LoopConfig
 from jaxrl.training.optimizer import learning_rate_schedule
 from jaxrl.training.score import score_rows
-from jaxrl.training.step import sft_objective
+from jaxrl.training.objectives import sft_objective
 
 FLAGS = flags.FLAGS
-for module in (common_flags, data_flags, sft_flags):
+for module in (common_flags, data_flags, lora_flags, sft_flags):
   flags.adopt_module_key_flags(module)
 
 _IDS = pa.list_(pa.int32())
@@ -201,6 +201,8 @@ def log_held_out(session: Session, step: int, numbers: Mapping[str, float]) -> N
 def fine_tune(session: Session, start: epath.Path) -> epath.Path:
   """Stages 'sft/before', 'sft/train', 'sft/after'; returns the folder of the trained model."""
   run = session.run
+  adapted = lora_flags.adapted(session.model)
+  start = lora_flags.start_from(session, start)
   _, rows = read_rows(run, 'train')
   test_ids, test_rows = read_rows(run, 'test') if FLAGS.test is not None else ([], [])
   lengths = common_flags.length_buckets(max(len(row) for row in [*rows, *test_rows]))
@@ -223,7 +225,7 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
       run.stage(f'sft/{name}', (f'sft/{name}.parquet',), produce)
 
   def look(step: int, params: dict) -> bool:
-    if FLAGS.eval_every is not None and step % FLAGS.eval_every == 0:
+    if step % FLAGS.eval_every == 0:
       log_held_out(session, step, held_out_loss(
           session, params, test_rows, lengths, f'at step {step}')[1])
     return False
@@ -232,10 +234,10 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
   batches = shuffled_batches(
       rows, batch_size=FLAGS.batch_size, seed=session.stream_seed(0, sessions.TRAIN_STREAM),
       collate=functools.partial(sequence_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
-  trainer = make_trainer(
-      sft_objective(session.model, session.compute), optimizer, FLAGS.micro_batches)
+  trainer = make_trainer(sft_objective(adapted or session.model, session.compute), optimizer,
+                         FLAGS.micro_batches, adapted)
   train_stage(session, 'sft/train', 0, sessions.load_model(session, start), trainer, batches, loop,
-              stop=look)
+              stop=look if FLAGS.eval_every is not None else None)
   model = run.path('sft/train', 'sft/model')
   held_out_stage('after', loop.steps, model)
   if test_rows:

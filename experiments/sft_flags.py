@@ -7,14 +7,14 @@ import sys
 import jax
 from absl import flags
 
-from experiments import common_flags, data_flags
+from experiments import common_flags, data_flags, lora_flags
 from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-MODULES = (common_flags, data_flags, sys.modules[__name__])
+MODULES = (common_flags, data_flags, lora_flags, sys.modules[__name__])
 
 flags.DEFINE_string('response_field', None,
                     'Field of the response; default: response, or else the last message.')
@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
-  idle = {'check_timeout': 'no answers are checked'}
+  idle = lora_flags.without_effect() | {'check_timeout': 'no answers are checked'}
   if FLAGS.test is None:
     idle |= dict.fromkeys(('test_limit', 'eval_every'), 'no --test')
   if FLAGS.task is None:
@@ -87,6 +87,7 @@ def check() -> None:
   if FLAGS.model is None:
     new_config(FLAGS.vocab_size)
   common_flags.optimizer_config()
+  lora_flags.check()
 
 
 def check_devices(mesh: jax.sharding.Mesh) -> None:

@@ -13,7 +13,8 @@ from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import put_batch
 from jaxrl.training.optimizer import OptimizerConfig, make_optimizer
 from jaxrl.training.score import score_rows
-from jaxrl.training.step import init_state, preference_objective, sft_objective, train_step
+from jaxrl.training.objectives import preference_objective, sft_objective
+from jaxrl.training.step import init_state, train_step
 from tests.tiny_model import CONFIG, QUICK, random_params
 
 POLICY = ComputePolicy('float32', chunk=8, remat=False)

@@ -37,6 +37,26 @@ class Pair:
   weight: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelledRow:
+  """A response with a label, and the same prompt with another row's response, for KTO."""
+
+  row: TokenRow
+  label: bool                 # True: desirable
+  mismatched: TokenRow
+  ref: Sequence[float]        # the reference's log-probs of the response ids
+  mismatched_ref: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeakRow:
+  """A response with what a weak model's alignment did to it, for WSPO."""
+
+  row: TokenRow
+  ref: Sequence[float]        # log-probs under the strong reference
+  weak_gap: Sequence[float]   # log-probs under the aligned weak model less those under its base
+
+
 Batch = dict[str, np.ndarray]
 
 
@@ -91,12 +111,36 @@ def pair_arrays(pairs: Sequence[Pair], lengths: Sequence[int], pad_id: int) -> B
   """Arrays of `sequence_arrays` as [P, 2, T] (0 chosen, 1 rejected), `ref_logps` and `weights`."""
   sequences = [s for p in pairs for s in (p.chosen, p.rejected)]
   arrays = sequence_arrays(sequences, lengths, pad_id)
-  ref = np.zeros(arrays['mask'].shape, np.float32)
-  ref[arrays['mask']] = np.concatenate(
-      [np.asarray(x, np.float32) for p in pairs for x in (p.chosen_ref, p.rejected_ref)])
-  arrays['ref_logps'] = ref
+  arrays['ref_logps'] = _at_responses(
+      arrays['mask'], [x for p in pairs for x in (p.chosen_ref, p.rejected_ref)])
   arrays = {key: x.reshape(len(pairs), 2, -1) for key, x in arrays.items()}
   return arrays | {'weights': np.asarray([p.weight for p in pairs], np.float32)}
+
+
+def labelled_arrays(rows: Sequence[LabelledRow], lengths: Sequence[int], pad_id: int) -> Batch:
+  """`sequence_arrays` with `ref_logps` [B, T] and `label` [B], and `kl_...` of mismatched rows."""
+  b = len(rows)
+  arrays = sequence_arrays([r.row for r in rows] + [r.mismatched for r in rows], lengths, pad_id)
+  arrays['ref_logps'] = _at_responses(
+      arrays['mask'], [r.ref for r in rows] + [r.mismatched_ref for r in rows])
+  return {key: x[:b] for key, x in arrays.items()} | {
+      f'kl_{key}': x[b:] for key, x in arrays.items()} | {
+          'label': np.asarray([r.label for r in rows], np.float32)}
+
+
+def weak_arrays(rows: Sequence[WeakRow], lengths: Sequence[int], pad_id: int) -> Batch:
+  """`sequence_arrays` with `ref_logps` and `weak_gap`, all [B, T]."""
+  arrays = sequence_arrays([r.row for r in rows], lengths, pad_id)
+  return arrays | {
+      'ref_logps': _at_responses(arrays['mask'], [r.ref for r in rows]),
+      'weak_gap': _at_responses(arrays['mask'], [r.weak_gap for r in rows])}
+
+
+def _at_responses(mask: np.ndarray, values: Sequence[Sequence[float]]) -> np.ndarray:
+  """Numbers of each row's response ids at their places, 0 elsewhere; float32 [B, T]."""
+  out = np.zeros(mask.shape, np.float32)
+  out[mask] = np.concatenate([np.asarray(x, np.float32) for x in values])
+  return out
 
 
 def shuffled_batches(

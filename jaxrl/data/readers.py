@@ -26,8 +26,8 @@ from jaxrl.data.tasks import Task, ask, read_answer
 from jaxrl.errors import InputError
 from jaxrl.tokens.prompts import ROLES, Message
 
-__all__ = ['Example', 'ExampleFields', 'Problem', 'Row', 'read_examples', 'read_problems',
-           'read_rows']
+__all__ = ['Example', 'ExampleFields', 'Problem', 'Row', 'read_examples', 'read_exchange',
+           'read_problems', 'read_prompt', 'read_rows']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_problems(
     gold, solution, labels, options = read_answer(
         row, task, keep_missing=missing_gold == 'keep'
     )
-    prompt = _read_prompt(row, task.prompt_field)
+    prompt = read_prompt(row, task.prompt_field)
     if isinstance(prompt, str):
       prompt = ask(task, prompt.strip() + options)
     else:
@@ -123,17 +123,30 @@ def read_examples(
     id_field = fields.id_field or 'id'
     prompt_id = row_id(row, id_field, required=fields.id_field is not None)
     check_unique(seen, row, prompt_id, id_field)
-    prompt_field = fields.prompt_field or _present(row, 'prompt', 'messages')
-    prompt = _read_prompt(row, prompt_field)
-    has_response = fields.response_field is not None or 'response' in row.fields
-    if not has_response and not isinstance(prompt, str):
-      prompt, response = _split_response(row, prompt_field, prompt)
-    else:
-      response = text_field(row, fields.response_field or 'response')
-    if not isinstance(prompt, str):
-      _ends_with_user(row, prompt_field, prompt)
+    prompt, response = read_exchange(row, fields)
     examples.append(Example(prompt_id, prompt, response, row.where))
   return examples
+
+
+def read_exchange(
+    row: Row, fields: ExampleFields = ExampleFields()
+) -> tuple[str | tuple[Message, ...], str]:
+  """Prompt and response of one row; the prompt is text, or messages of which the user's is last.
+
+  Raises:
+    InputError: a field is missing, of the wrong type or empty; messages end with the assistant's
+      although the row has a response as well, or with the user's although it has none.
+  """
+  prompt_field = fields.prompt_field or _present(row, 'prompt', 'messages')
+  prompt = read_prompt(row, prompt_field)
+  has_response = fields.response_field is not None or 'response' in row.fields
+  if not has_response and not isinstance(prompt, str):
+    prompt, response = _split_response(row, prompt_field, prompt)
+  else:
+    response = text_field(row, fields.response_field or 'response')
+  if not isinstance(prompt, str):
+    _ends_with_user(row, prompt_field, prompt)
+  return prompt, response
 
 
 def _first(rows: Iterator[Row], limit: int | None) -> Iterable[Row]:
@@ -148,7 +161,8 @@ def _present(row: Row, *fields: str) -> str:
   return next((field for field in fields if field in row.fields), fields[0])
 
 
-def _read_prompt(row: Row, field: str) -> str | tuple[Message, ...]:
+def read_prompt(row: Row, field: str) -> str | tuple[Message, ...]:
+  """Text or messages of a field; raises InputError for anything else, or an empty one."""
   value = get_field(row, field, 'text or a list of messages')
   if isinstance(value, str):
     return text_field(row, field)

@@ -1,154 +1,135 @@
-"""Pairwise preference losses over per-token log-probs: DPO and IRPO.
+"""Pairwise preference losses by name: which there are, what they need, and how they add up.
 
-A batch is a mapping of arrays [B, T] (chosen and rejected may differ in T):
-`policy_chosen`, `policy_rejected`, `ref_chosen`, `ref_rejected`, bool or 0/1 `chosen_mask` and
-`rejected_mask` (1 on response tokens, EOS included), and optionally `weights` [B].
-
-A row is valid iff both masks hold at least one token. A loss is a sum of terms, each a total over
-rows and the normaliser that divides it ('pairs' or 'tokens'); totals add over micro-batches and
-devices, so the division happens once over the global batch.
+A loss is a sum of terms, each a total over rows and the normaliser that divides it ('pairs' or
+'tokens'); totals add over micro-batches and devices, so the division happens once over the global
+batch. `pairs.py` says what a batch holds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxrl.losses import pairwise, whole_batch
+from jaxrl.losses.checks import check_number
 from jaxrl.losses.mean import Mean, mean_over
+from jaxrl.losses.pairs import PLAIN, Batch, PairOptions, PairSums, pair_sums
+from jaxrl.losses.terms import Term, divide, normalisers
 
-Batch = Mapping[str, jax.Array]
-KEYS = ('policy_chosen', 'policy_rejected', 'ref_chosen', 'ref_rejected', 'chosen_mask',
-        'rejected_mask')
-
-
-@dataclasses.dataclass(frozen=True)
-class PairSums:
-  """What every loss is made of, per pair; names follow the papers' symbols."""
-
-  n_w: jax.Array              # [B] float32, chosen response tokens
-  n_l: jax.Array              # [B]
-  p_w: jax.Array              # [B] float32, log pi(y_w | x)
-  p_l: jax.Array              # [B]
-  r_w: jax.Array              # [B] float32, log pi_ref(y_w | x); no gradient
-  r_l: jax.Array              # [B]
-  valid: jax.Array            # [B] bool
-  weights: jax.Array          # [B] float32
-
-  @property
-  def margin(self) -> jax.Array:
-    """D = (P_w - R_w) - (P_l - R_l), [B]."""
-    return (self.p_w - self.r_w) - (self.p_l - self.r_l)
-
-  @property
-  def mean_nll(self) -> jax.Array:
-    """-P_w / n_w, [B]."""
-    return -self.p_w / jnp.maximum(self.n_w, 1)
-
-
-def pair_sums(batch: Batch) -> PairSums:
-  """Masked sums of the batch, by selection: a masked nan reaches neither value nor gradient.
-
-  Raises:
-    ValueError: a key is missing, or shapes do not fit together.
-  """
-  _check_shapes(batch)
-  chosen, rejected = batch['chosen_mask'].astype(bool), batch['rejected_mask'].astype(bool)
-
-  def total(values, mask):
-    return jnp.sum(jnp.where(mask, values, 0).astype(jnp.float32), axis=-1)
-
-  n_w, n_l = (jnp.sum(m, axis=-1, dtype=jnp.float32) for m in (chosen, rejected))
-  weights = batch.get('weights')
-  return PairSums(
-      n_w=n_w, n_l=n_l,
-      p_w=total(batch['policy_chosen'], chosen), p_l=total(batch['policy_rejected'], rejected),
-      r_w=jax.lax.stop_gradient(total(batch['ref_chosen'], chosen)),
-      r_l=jax.lax.stop_gradient(total(batch['ref_rejected'], rejected)),
-      valid=(n_w >= 1) & (n_l >= 1),
-      weights=jnp.ones_like(n_w) if weights is None else weights.astype(jnp.float32))
-
-
-def _check_shapes(batch: Batch) -> None:
-  missing = [key for key in KEYS if key not in batch]
-  if missing:
-    raise ValueError(f'preference batch lacks {missing}; it needs {list(KEYS)}')
-  for side in ('chosen', 'rejected'):
-    shapes = {key: batch[key].shape for key in KEYS if key.endswith(side) or key.startswith(side)}
-    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
-      raise ValueError(f'arrays of the {side} side must share one shape [B, T]; found {shapes}')
-  b = batch['chosen_mask'].shape[0]
-  if batch['rejected_mask'].shape[0] != b:
-    raise ValueError(
-        f'chosen has {b} rows and rejected {batch["rejected_mask"].shape[0]}; they must be equal')
-  weights = batch.get('weights')
-  if weights is not None and weights.shape != (b,):
-    raise ValueError(f'weights must have shape ({b},); found {weights.shape}')
+__all__ = [
+    'LOSSES', 'PairOptions', 'check_loss', 'divide', 'normalisers', 'pair_sums', 'pref_loss',
+    'pref_metrics', 'survey', 'totals',
+]
 
 
 @dataclasses.dataclass(frozen=True)
-class Term:
-  """One summand of a loss before division: per-row values and what divides their total."""
+class Loss:
+  """A formula and what it reads."""
 
-  per_row: jax.Array          # [B] float32
-  normaliser: str             # 'pairs' or 'tokens'
+  terms: Callable[..., dict[str, Term]]
+  reference: bool = True      # reads the reference's log-probs
+  log_ratios: bool = True     # reads h_w and h_l, which stand for a divergence
+  weighted: bool = True       # a pair's weight means something
 
 
-def dpo(s: PairSums, *, beta: float = 0.1, label_smoothing: float = 0.0) -> dict[str, Term]:
-  """-(1-e) log sigmoid(beta D) - e log sigmoid(-beta D); Rafailov et al. 2023, eq. 7.
+LOSSES: Mapping[str, Loss] = {
+    'dpo': Loss(pairwise.dpo),
+    'robust': Loss(pairwise.robust),
+    'ipo': Loss(pairwise.ipo),
+    'hinge': Loss(pairwise.hinge),
+    'slic': Loss(pairwise.slic, reference=False, log_ratios=False),
+    'dpo_norm': Loss(pairwise.dpo_norm),
+    'rdpo_len': Loss(pairwise.rdpo_len),
+    'dpop': Loss(pairwise.dpop),
+    'simpo': Loss(pairwise.simpo, reference=False, log_ratios=False),
+    'orpo': Loss(pairwise.orpo, reference=False, log_ratios=False),
+    'cpo': Loss(pairwise.cpo, reference=False, log_ratios=False),
+    'sppo': Loss(pairwise.sppo),
+    'exo': Loss(pairwise.exo),
+    'nca': Loss(pairwise.nca),
+    'aot': Loss(whole_batch.aot, log_ratios=False, weighted=False),
+    'aot_unpaired': Loss(whole_batch.aot_unpaired, weighted=False),
+    'bco': Loss(whole_batch.bco),
+    'apo_zero': Loss(pairwise.apo_zero),
+    'apo_down': Loss(pairwise.apo_down),
+    'discopop': Loss(pairwise.discopop),
+    'irpo': Loss(pairwise.irpo),
+    'scpo': Loss(pairwise.scpo),
+    'dive': Loss(pairwise.dive),
+    'nll': Loss(pairwise.nll, reference=False, log_ratios=False),
+    'reward_aware': Loss(pairwise.reward_aware),
+}
+ALIASES = {'rpo': 'irpo', 'sigmoid': 'dpo', 'sigmoid_norm': 'dpo_norm', 'sft': 'nll'}
 
-  `label_smoothing` e > 0 is the conservative variant for labels flipped at rate e.
+
+def resolve(name: str) -> str:
+  """The loss's own name; raises ValueError for one that nobody knows."""
+  name = ALIASES.get(name, name)
+  if name not in LOSSES:
+    raise ValueError(f'unknown loss {name!r}; known: {sorted(LOSSES)}')
+  return name
+
+
+def defaults(name: str) -> dict[str, Any]:
+  """The options of a loss with their default values."""
+  parameters = inspect.signature(LOSSES[resolve(name)].terms).parameters
+  return {key: p.default for key, p in parameters.items() if key != 's'}
+
+
+def needs_reference(name: str, pair_options: PairOptions = PLAIN) -> bool:
+  """Whether the loss reads reference log-probs."""
+  return LOSSES[resolve(name)].reference and not pair_options.reference_free
+
+
+def check_loss(
+    name: str, options: Mapping[str, Any], pair_options: PairOptions = PLAIN
+) -> None:
+  """Raises ValueError for an unknown loss, an option out of range, or one that does not apply."""
+  loss, known = LOSSES[resolve(name)], defaults(name)
+  if unknown := sorted(options.keys() - known):
+    raise ValueError(f'loss {name!r} has no option {unknown[0]!r}; it has {sorted(known)}')
+  if pair_options.reference_free and not loss.reference:
+    raise ValueError(f'loss {name!r} has no reference, so reference_free does nothing')
+  if pair_options.divergence != 'reverse_kl' and not loss.log_ratios:
+    raise ValueError(f'loss {name!r} reads no log-ratios, so divergence does nothing')
+  if pair_options.wpo and not loss.weighted:
+    raise ValueError(f'loss {name!r} pairs responses anew, so WPO weights have no pair to weigh')
+  if resolve(name) == 'bco':
+    whole_batch.check_bco(**{**known, **options})
+  one = jnp.ones(1, jnp.float32)
+  rows = ('aot_target', 'aot_loser', 'aot_winner', 'bco_delta', 'reward_margin')
+  sums = PairSums(*(one,) * 10, valid=one > 0, weights=one, rows=dict.fromkeys(rows, one))
+  jax.eval_shape(lambda: {key: t.per_row for key, t in loss.terms(sums, **options).items()})
+
+
+def survey(
+    name: str, s: PairSums, state: whole_batch.State | None = None, **options
+) -> tuple[PairSums, whole_batch.State]:
+  """The sums with the constants that a loss of the whole batch gives each row, and its new state.
+
+  `s` must be of the global batch. Losses of single pairs pass through.
   """
-  _check('beta', beta, lambda x: x > 0, '> 0')
-  _check('label_smoothing', label_smoothing, lambda x: 0 <= x <= 0.5, 'in [0, 0.5]')
-  z = beta * s.margin
-  loss = -jax.nn.log_sigmoid(z)
-  if label_smoothing:
-    loss = (1 - label_smoothing) * loss - label_smoothing * jax.nn.log_sigmoid(-z)
-  return {'preference': Term(loss, 'pairs')}
-
-
-def irpo(
-    s: PairSums, *, beta: float = 0.1, alpha: float = 1.0, nll_reduction: str = 'seq'
-) -> dict[str, Term]:
-  """-log sigmoid(beta D) + alpha NLL(chosen); Pang et al. 2024 (version 3), eq. 1.
-
-  `nll_reduction`: 'seq' is -P_w / n_w per pair (the paper), 'token' divides the batch total of
-  -P_w by the batch total of n_w, 'sum' is -P_w per pair.
-  """
-  _check('alpha', alpha, lambda x: x >= 0, '>= 0')
-  terms = dpo(s, beta=beta)
-  if nll_reduction == 'seq':
-    terms['nll'] = Term(alpha * s.mean_nll, 'pairs')
-  elif nll_reduction == 'token':
-    terms['nll'] = Term(-alpha * s.p_w, 'tokens')
-  elif nll_reduction == 'sum':
-    terms['nll'] = Term(-alpha * s.p_w, 'pairs')
+  state = whole_batch.initial_state() if state is None else state
+  name = resolve(name)
+  if name == 'aot':
+    rows = whole_batch.survey_aot(s)
+  elif name == 'aot_unpaired':
+    rows = whole_batch.survey_aot_unpaired(s)
+  elif name == 'bco':
+    rows, state = whole_batch.survey_bco(s, state, **{**defaults(name), **options})
   else:
-    raise ValueError(f"nll_reduction must be 'seq', 'token' or 'sum'; found {nll_reduction!r}")
-  return terms
+    return s, state
+  return dataclasses.replace(s, rows={**s.rows, **rows}), state
 
 
-def _check(name: str, value: float, holds: Callable[[float], bool], expected: str) -> None:
-  if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-    raise ValueError(f'{name} must be a finite number {expected}; found {value!r}')
-  if not holds(value):
-    raise ValueError(f'{name} must be {expected}; found {value!r}')
-
-
-LOSSES: dict[str, Callable[..., dict[str, Term]]] = {'dpo': dpo, 'irpo': irpo}
-
-
-def normalisers(s: PairSums) -> dict[str, jax.Array]:
-  """Counts that divide the totals: valid pairs, and chosen tokens of valid pairs."""
-  return {
-      'pairs': jnp.sum(s.valid, dtype=jnp.float32),
-      'tokens': jnp.sum(jnp.where(s.valid, s.n_w, 0)),
-  }
+def is_surveyed(name: str) -> bool:
+  """Whether the loss of a row depends on the rest of the batch."""
+  return resolve(name) in ('aot', 'aot_unpaired', 'bco')
 
 
 def totals(
@@ -159,23 +140,32 @@ def totals(
   Raises:
     ValueError: unknown loss, or an option out of range or not of this loss.
   """
-  if name not in LOSSES:
-    raise ValueError(f'unknown loss {name!r}; known: {sorted(LOSSES)}')
-  known = inspect.signature(LOSSES[name]).parameters.keys() - {'s'}
+  loss, known = LOSSES[resolve(name)], defaults(name)
   if unknown := sorted(options.keys() - known):
     raise ValueError(f'loss {name!r} has no option {unknown[0]!r}; it has {sorted(known)}')
-  terms = LOSSES[name](s, **options)
-  rows = {key: jnp.where(s.valid, s.weights * t.per_row, 0.0) for key, t in terms.items()}
+  terms = loss.terms(s, **options)
+  weights = s.weights if loss.weighted else jnp.ones_like(s.weights)
+  rows = {key: jnp.where(s.valid, weights * t.per_row, 0.0) for key, t in terms.items()}
   per_row = sum(rows.values(), jnp.zeros_like(s.n_w))
   return {key: (jnp.sum(rows[key]), terms[key].normaliser) for key in terms}, per_row
 
 
-def divide(
-    term_totals: Mapping[str, tuple[jax.Array, str]], counts: Mapping[str, jax.Array]
-) -> jax.Array:
-  """The scalar loss: each total over its count; 0 when nothing was valid."""
-  parts = (total / jnp.maximum(counts[kind], 1) for total, kind in term_totals.values())
-  return sum(parts, jnp.zeros((), jnp.float32))
+def mixed_totals(
+    parts: Mapping[str, tuple[float, Mapping[str, Any]]], s: PairSums
+) -> tuple[dict[str, tuple[jax.Array, str]], jax.Array]:
+  """`totals` of sum_k weight_k * loss_k; `parts` maps a loss to (weight, options).
+
+  Terms are named 'loss/term' where there are several losses.
+  """
+  out: dict[str, tuple[jax.Array, str]] = {}
+  per_row = jnp.zeros_like(s.n_w)
+  for name, (weight, options) in parts.items():
+    check_number(f'weight of {name}', weight, lambda x: x > 0, '> 0')
+    part, rows = totals(name, s, **options)
+    prefix = f'{name}/' if len(parts) > 1 else ''
+    out |= {f'{prefix}{key}': (weight * total, kind) for key, (total, kind) in part.items()}
+    per_row = per_row + weight * rows
+  return out, per_row
 
 
 def pref_metrics(s: PairSums, beta: float) -> dict[str, Mean]:
@@ -195,14 +185,32 @@ def pref_metrics(s: PairSums, beta: float) -> dict[str, Mean]:
   return {name: mean_over(value, s.valid) for name, value in rows.items()}
 
 
-def pref_loss(name: str, batch: Batch, **options) -> tuple[jax.Array, dict[str, jax.Array]]:
+def metric_beta(name: str, options: Mapping[str, Any]) -> float:
+  """The factor of implicit rewards in metrics: the loss's beta, or 1 where it has none."""
+  return float({**defaults(name), **options}.get('beta', 1.0))
+
+
+def pref_loss(
+    name: str, batch: Batch, *, pair_options: PairOptions = PLAIN,
+    state: whole_batch.State | None = None, **options,
+) -> tuple[jax.Array, dict[str, Any]]:
   """The whole batch at once: (loss [], aux), as the training step computes it in pieces.
 
-  aux: `per_example` [B], `n_valid` [], and the standard metrics as scalars.
+  aux: `per_example` [B], `n_valid` [], the standard metrics as scalars, and `state` after this
+  batch for losses that carry one.
+
+  Raises:
+    ValueError: unknown loss, an option out of range or not of this loss, or a malformed batch.
   """
-  s = pair_sums(batch)
+  check_loss(name, options, pair_options)
+  if 'weights' in batch and not LOSSES[resolve(name)].weighted:
+    raise ValueError(f'loss {name!r} pairs responses anew, so weights have no pair to weigh')
+  free = pair_options
+  if not LOSSES[resolve(name)].reference:
+    free = dataclasses.replace(pair_options, reference_free=True)   # nothing reads it
+  s, state = survey(name, pair_sums(batch, free), state, **options)
   term_totals, per_row = totals(name, s, **options)
-  beta = options.get('beta', 0.1)
-  aux = {key: m.value() for key, m in pref_metrics(s, beta).items()}
-  aux |= {'per_example': per_row, 'n_valid': jnp.sum(s.valid)}
+  aux: dict[str, Any] = {
+      key: m.value() for key, m in pref_metrics(s, metric_beta(name, options)).items()}
+  aux |= {'per_example': per_row, 'n_valid': jnp.sum(s.valid), 'state': state}
   return divide(term_totals, normalisers(s)), aux

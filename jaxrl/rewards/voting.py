@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 def votes(answers: Sequence[str | None]) -> list[int]:
   """For each answer, how many of `answers` equal it; 0 for None, which never forms a cluster."""
-  counts = Counter(answer for answer in answers if answer is not None)
+  return votes_among(answers, answers)
+
+
+def votes_among(
+    electorate: Sequence[str | None], answers: Sequence[str | None]
+) -> list[int]:
+  """For each of `answers`, how many of `electorate` equal it; 0 for None."""
+  counts = Counter(answer for answer in electorate if answer is not None)
   return [0 if answer is None else counts[answer] for answer in answers]
 
 

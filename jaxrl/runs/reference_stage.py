@@ -58,6 +58,8 @@ def reference_stage(
 
 
 def _gap(session: Session, iteration: int, logps: Mapping) -> dict:
+  if f'iteration_{iteration:02d}/samples' not in session.run.entries:
+    return {}                  # pairs from a file
   path = session.run.path(
       f'iteration_{iteration:02d}/samples', f'iteration_{iteration:02d}/samples.parquet')
   samples = tables.read_table(path, tables.SAMPLES).to_pylist()

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from jaxrl.errors import InputError
@@ -22,7 +23,7 @@ from jaxrl.tokens.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.training.logps import ComputePolicy
 
 # Streams of random numbers; each stage that draws has its own, so none repeats another's.
-SAMPLE_STREAM, VOTE_STREAM, PAIR_STREAM, TRAIN_STREAM = range(4)
+SAMPLE_STREAM, VOTE_STREAM, PAIR_STREAM, TRAIN_STREAM, ADAPTER_STREAM = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def load_model(session: Session, folder: epath.Path) -> Model:
 
 def write_model(session: Session, folder: epath.Path, params: dict, source: epath.Path) -> None:
   """A Hugging Face folder in float32, so that the next iteration starts from these very bits."""
-  save_model(folder, params, session.model, tokenizer_from=source)
+  save_model(folder, params, session.model, tokenizer_from=source, dtype=jnp.float32)
 
 
 def sampling_requests(

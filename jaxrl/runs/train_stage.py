@@ -10,28 +10,50 @@ import grain
 import jax
 from etils import epath
 
+from jaxrl.models.config import ModelConfig
+from jaxrl.models.lora import adapter_shardings, attach, init_adapter, merge
 from jaxrl.models.params import identity
-from jaxrl.runs.session import Model, Session, write_model
+from jaxrl.models.peft_folder import write_adapter
+from jaxrl.runs.session import ADAPTER_STREAM, Model, Session, write_model
 from jaxrl.training.loop import LoopConfig, Step, train
 from jaxrl.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from jaxrl.training.step import Objective, TrainState, init_state, train_step
+from jaxrl.training.objectives import Objective
+from jaxrl.training.step import TrainState, init_state, train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
   """A compiled-once step with the optimizer it was built for; serves every iteration of a run."""
 
-  step: Step
+  step: Callable              # `Step`, which takes the frozen model as well where `adapted`
   optimizer: OptimizerConfig
+  adapted: ModelConfig | None = None   # with the adapter that is trained in place of the model
+  loss_state: Callable[[dict], dict] = lambda params: {}   # what a loss with a memory starts from
+
+  def merged(self, base: dict, adapter: dict) -> dict:
+    """The model that `base` and its adapter are together; other weights are those of `base`."""
+    # Only what changes goes through jit, which would copy the rest.
+    changed = {name: base['layers'][name] for name in adapter['layers']}
+    layers = _merge(attach({'layers': changed}, adapter), self.adapted)['layers']
+    return {**base, 'layers': {**base['layers'], **layers}}
 
 
-def make_trainer(objective: Objective, optimizer: OptimizerConfig, micro_batches: int) -> Trainer:
-  """Jits the step once; the state is donated."""
+_merge = jax.jit(merge, static_argnums=1)
+
+
+def make_trainer(
+    objective: Objective, optimizer: OptimizerConfig, micro_batches: int,
+    adapted: ModelConfig | None = None,
+) -> Trainer:
+  """Jits the step once; the state is donated, a frozen model is not.
+
+  With `adapted`, the configuration that `objective` was made for, a fresh adapter is trained.
+  """
   step = jax.jit(
       functools.partial(train_step, objective=objective, tx=make_optimizer(optimizer),
                         micro_batches=micro_batches),
       donate_argnums=0)
-  return Trainer(step, optimizer)
+  return Trainer(step, optimizer, adapted, objective.initial_state)
 
 
 # What one line of the training log shows, in this order, where present.
@@ -43,14 +65,15 @@ def run_training(
     session: Session, scratch: epath.Path, name: str, iteration: int, model: Model,
     trainer: Trainer, batches: grain.MapDataset, loop: LoopConfig, *,
     expected_first_loss: float | None = None,
-    stop: Callable[[int, dict], bool] = lambda step, params: False,
+    stop: Callable[[int, dict], bool] | None = None,
 ) -> TrainState:
   """Trains from `model` inside a stage's scratch folder, going on from its newest checkpoint.
 
+  The state holds what was trained: the model, or the adapter of a trainer that has one.
   Records carry the last part of `name` as their stage. With `expected_first_loss` the first step's
   'loss/preference' (or 'loss') must be that number to 1e-3: where policy = reference it is ln 2,
   and anything else means that ids, masks or the reference do not belong together.
-  `stop(step, params)` is asked at every checkpoint.
+  `stop(step, params)` is asked at every checkpoint, with the whole model.
   """
   schedule = learning_rate_schedule(trainer.optimizer, loop.steps)
   label = name.rsplit('/', 1)[-1]
@@ -62,9 +85,26 @@ def run_training(
     session.progress.line(
         f'  step {step}/{loop.steps}  {shown}  {numbers["perf/tokens_per_second"]:.0f} tokens/s')
 
-  # The step donates its state; the reference's own arrays must survive it.
-  state = jax.jit(functools.partial(init_state, tx=make_optimizer(trainer.optimizer)))(
-      jax.tree.map(lambda x: x.copy(), model.params))
+  def asked(step: int, state: TrainState) -> bool:
+    if stop is None:
+      return False
+    params = state.params
+    return stop(step, params if trainer.adapted is None else trainer.merged(model.params, params))
+
+  step_fn: Step
+  if trainer.adapted is None:
+    step_fn = trainer.step
+    # The step donates its state; the reference's own arrays must survive it.
+    trained = jax.tree.map(lambda x: x.copy(), model.params)
+  else:
+    def step_fn(state, batch, learning_rate):
+      return trainer.step(state, batch, learning_rate, model.params)
+
+    key = jax.random.key(session.stream_seed(iteration, ADAPTER_STREAM))
+    trained = jax.device_put(
+        init_adapter(key, trainer.adapted), adapter_shardings(trainer.adapted, session.mesh))
+  tx = make_optimizer(trainer.optimizer)
+  state = jax.jit(lambda params: init_state(params, tx, trainer.loss_state(params)))(trained)
   with session.progress.stage(name, loop.steps, 'steps') as bar:
 
     def on_resume(step: int) -> None:
@@ -72,34 +112,43 @@ def run_training(
       bar.advance(step)
 
     return train(
-        state, batches, _checking_first(trainer.step, expected_first_loss), config=loop,
+        state, batches, _checking_first(step_fn, expected_first_loss), config=loop,
         learning_rate=lambda step: float(schedule(step)), mesh=session.mesh,
         checkpoints=scratch / 'checkpoint', on_log=on_log, on_resume=on_resume,
-        on_step=bar.advance, stop=lambda step, state: stop(step, state.params),
-        warn=session.progress.line)
+        on_step=bar.advance, stop=asked, warn=session.progress.line)
 
 
 def train_stage(
     session: Session, name: str, iteration: int, model: Model, trainer: Trainer,
     batches: grain.MapDataset, loop: LoopConfig, *, expected_first_loss: float | None = None,
-    stop: Callable[[int, dict], bool] = lambda step, params: False,
+    stop: Callable[[int, dict], bool] | None = None,
 ) -> Mapping:
-  """`run_training`, published as the folder `model` beside `name`; returns counts."""
+  """`run_training`, published as the folder `model` beside `name`; returns counts.
+
+  A trained adapter is published as `adapter`, a PEFT folder, and merged in `model`.
+  """
+  folder = name.rsplit('/', 1)[0]
 
   def produce(scratch: epath.Path) -> dict:
     state = run_training(
         session, scratch, name, iteration, model, trainer, batches, loop,
         expected_first_loss=expected_first_loss, stop=stop)
-    after = identity(state.params)
+    params = state.params
+    if trainer.adapted is not None:
+      params = trainer.merged(model.params, state.params)
+    after = identity(params)
     if after == model.identity:
       raise RuntimeError(f'{name}: training did not change the parameters')
-    partial = scratch / 'model'
-    if partial.exists():
-      partial.rmtree()
-    write_model(session, partial, state.params, model.folder)
+    for partial in (scratch / 'model', scratch / 'adapter'):
+      if partial.exists():
+        partial.rmtree()
+    write_model(session, scratch / 'model', params, model.folder)
+    if trainer.adapted is not None:
+      write_adapter(scratch / 'adapter', state.params, trainer.adapted)
     return {'steps': int(state.step), 'before': model.identity, 'after': after}
 
-  return session.run.stage(name, (f'{name.rsplit("/", 1)[0]}/model',), produce).counts
+  outputs = ('model',) if trainer.adapted is None else ('model', 'adapter')
+  return session.run.stage(name, tuple(f'{folder}/{output}' for output in outputs), produce).counts
 
 
 class FirstLossError(RuntimeError):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import cast, forward, output_matrix
-from kernels.token_logp import token_logp
+from kernels.token_logp import log_collision, token_logp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,4 +35,22 @@ def target_logps(
   """log p(targets[t] | inputs[:t+1]), temperature 1, untruncated."""
   params = cast(params, policy.jax_dtype)
   hidden, _ = forward(params, inputs, c, remat=policy.remat)
-  return token_logp(hidden, output_matrix(params, c), targets, chunk=policy.chunk)
+  return token_logp(
+      hidden, output_matrix(params, c), targets, chunk=policy.chunk, softcap=c.final_softcap)
+
+
+def logps_and_collisions(
+    params,
+    inputs: jax.Array,        # [B, T] int32
+    targets: jax.Array,       # [B, T] int32
+    c: ModelConfig,
+    policy: ComputePolicy,
+) -> tuple[jax.Array, jax.Array]:   # [B, T] float32 each
+  """`target_logps`, and log sum_v p(v | inputs[:t+1])^2 without gradient, from one forward pass."""
+  params = cast(params, policy.jax_dtype)
+  hidden, _ = forward(params, inputs, c, remat=policy.remat)
+  head = output_matrix(params, c)
+  logps = token_logp(hidden, head, targets, chunk=policy.chunk, softcap=c.final_softcap)
+  collisions = log_collision(
+      *jax.lax.stop_gradient((hidden, head)), chunk=policy.chunk, softcap=c.final_softcap)
+  return logps, collisions

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,6 +48,25 @@ def score_rows(
       out[n] = logps[row][batch['mask'][row]]
     on_rows(len(group))
   return out
+
+
+def score_stream(
+    params: dict,
+    rows: Iterable[TokenRow],
+    c: ModelConfig,
+    policy: ComputePolicy,
+    *,
+    window: int,
+    **options: Any,
+) -> Iterator[np.ndarray]:
+  """What `score_rows` gives, row by row, for more rows than memory holds.
+
+  At most `window` rows, and their results, exist at a time; rows are sorted by length inside a
+  window only. `options` are those of `score_rows`, whose batch size should divide the window.
+  """
+  source = iter(rows)
+  while group := list(itertools.islice(source, window)):
+    yield from score_rows(params, group, c, policy, **options)
 
 
 @functools.cache

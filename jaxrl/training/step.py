@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.losses import preference
-from jaxrl.losses.mean import Mean, mean_over
-from jaxrl.models.config import ModelConfig
-from jaxrl.training.logps import ComputePolicy, target_logps
-
-Batch = Mapping[str, jax.Array]
-Totals = dict[str, tuple[jax.Array, str]]            # term -> (total over rows, its normaliser)
+from jaxrl.losses.mean import Mean
+from jaxrl.training.objectives import Batch, Objective, split_rows, with_adapter
 
 
 @jax.tree_util.register_dataclass
@@ -24,79 +18,23 @@ class TrainState:
   """Everything that changes from step to step."""
 
   step: jax.Array             # [] int32, steps taken
-  params: dict                # float32 masters
+  params: dict                # float32 masters of what is trained: the model, or its adapter
   opt_state: optax.OptState
+  loss_state: dict = dataclasses.field(default_factory=dict)   # of losses with a running quantity
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-  """What is minimised: term totals and metrics of a part of a batch, and the batch's counts.
-
-  `totals(params, part)` gives term totals and metrics of any part; `counts(batch)` the normalisers
-  of the whole batch. The loss is the sum over terms of total / count, whatever the parts were.
-  """
-
-  totals: Callable[[dict, Batch], tuple[Totals, dict[str, Mean]]]
-  counts: Callable[[Batch], dict[str, jax.Array]]
-
-
-def sft_objective(c: ModelConfig, policy: ComputePolicy) -> Objective:
-  """Mean negative log-likelihood per response token; batch of `sequence_arrays` [B, T]."""
-
-  def totals(params, part):
-    logps = target_logps(params, part['inputs'], part['targets'], c, policy)
-    nll = mean_over(-logps, part['mask'])
-    return {'nll': (nll.total, 'tokens')}, {}
-
-  def counts(batch):
-    return {'tokens': jnp.sum(batch['mask'], dtype=jnp.float32)}
-
-  return Objective(totals, counts)
-
-
-def preference_objective(
-    name: str, options: Mapping, c: ModelConfig, policy: ComputePolicy
-) -> Objective:
-  """A pairwise loss by name with its options; batch of `pair_arrays` [P, 2, T]."""
-
-  def sums(policy_logps, part):
-    return preference.pair_sums({
-        'policy_chosen': policy_logps[:, 0], 'policy_rejected': policy_logps[:, 1],
-        'ref_chosen': part['ref_logps'][:, 0], 'ref_rejected': part['ref_logps'][:, 1],
-        'chosen_mask': part['mask'][:, 0], 'rejected_mask': part['mask'][:, 1],
-        'weights': part['weights']})
-
-  def totals(params, part):
-    p, _, t = part['inputs'].shape
-    rows = {key: part[key].reshape(2 * p, t) for key in ('inputs', 'targets')}
-    logps = target_logps(params, rows['inputs'], rows['targets'], c, policy)
-    s = sums(logps.reshape(p, 2, t), part)
-    terms, _ = preference.totals(name, s, **options)
-    return terms, preference.pref_metrics(s, options['beta'])
-
-  def counts(batch):
-    return preference.normalisers(sums(batch['ref_logps'], batch))
-
-  return Objective(totals, counts)
-
-
-def init_state(params: dict, tx: optax.GradientTransformation) -> TrainState:
+def init_state(
+    params: dict, tx: optax.GradientTransformation, loss_state: dict | None = None
+) -> TrainState:
   """Step 0 with a fresh optimizer state."""
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-
-def _split_rows(x: jax.Array, parts: int) -> jax.Array:
-  """[B, ...] -> [parts, B / parts, ...], part j holding the rows j, j + parts, ...
-
-  Strided, because each part then has as many rows on every device as the others and none moves.
-  """
-  return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), loss_state or {})
 
 
 def train_step(
     state: TrainState,
     batch: Batch,
     learning_rate: jax.Array,   # [] float32
+    frozen: dict | None = None,
     *,
     objective: Objective,
     tx: optax.GradientTransformation,
@@ -104,10 +42,19 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Mean]]:
   """The next state and metrics as (total, count).
 
+  With `frozen`, the parameters of a model, `state.params` is an adapter on it, and the only thing
+  that gradients are taken for; the objective sees the two together.
+
   Rows are split into `micro_batches` equal parts whose gradients are added; since every part is
   divided by the whole batch's counts the sum is the gradient of the whole batch. A non-finite loss
   or gradient leaves parameters and optimizer untouched and sets `nonfinite`; the loop then stops.
   """
+  if frozen is not None:
+    objective = with_adapter(objective, frozen)
+  loss_state = state.loss_state
+  if objective.survey is not None:
+    batch, loss_state = objective.survey(
+        state.params, batch, loss_state, state.step, micro_batches)
   counts = objective.counts(batch)
 
   def loss_of(params, part):
@@ -123,7 +70,7 @@ def train_step(
   if micro_batches == 1:
     grads, metrics = grad_of(state.params, batch)
   else:
-    parts = jax.tree.map(lambda x: _split_rows(x, micro_batches), batch)
+    parts = jax.tree.map(lambda x: split_rows(x, micro_batches), batch)
 
     def add(carry, part):
       return jax.tree.map(jnp.add, carry, grad_of(state.params, part)), None
@@ -152,4 +99,6 @@ def train_step(
       'num_tokens': Mean(jnp.sum(batch['mask'], dtype=jnp.float32), one),
   }
   params = keep(optax.apply_updates(state.params, updates), state.params)
-  return TrainState(state.step + 1, params, keep(opt_state, state.opt_state)), metrics
+  return TrainState(
+      state.step + 1, params, keep(opt_state, state.opt_state),
+      keep(loss_state, state.loss_state)), metrics

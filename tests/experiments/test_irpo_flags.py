@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import common_flags, data_flags, irpo_flags, world
+from experiments import common_flags, data_flags, irpo_flags, lora_flags, world
 from jaxrl.errors import InputError
 from jaxrl.training.loop import NonFiniteError
 from tests.experiments import irpo_runs
@@ -40,6 +40,8 @@ IDLE = [
         'world_max_steps', 'seed_max_steps', 'seed_check_every', 'seed_first_check',
         'seed_batch_size')),
     ('--seed_accuracy=0.5', MODEL),
+    *((flag, MODEL) for flag in ('--lora_alpha=8', '--lora_targets=q', '--lora_rslora')),
+    ('--adapter=x', ()),
     ('--seed_learning_rate=1', MODEL),
 ]
 # Flags that act whatever the others are, limits that may never be reached included.
@@ -49,7 +51,7 @@ ALWAYS = {
     'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every',
     'train_limit', 'test_limit', 'over_length', 'iterations', 'samples_per_prompt', 'temperature',
     'top_p', 'max_new_tokens', 'max_prompt_length', 'pairs_per_prompt', 'max_pairs', 'beta',
-    'nll_alpha', 'dev_prompts', 'votes', 'slots', 'part_prompts', 'score_batch'}
+    'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'part_prompts', 'score_batch'}
 WORKS = [
     (),
     ('--votes=0',),
@@ -198,5 +200,6 @@ def test_other_errors_keep_their_traceback():
 
 
 def test_modules_hold_all_flags():
-  assert set(irpo_flags.MODULES) == {common_flags, data_flags, irpo_flags, world}
+  assert set(irpo_flags.MODULES) == {
+      common_flags, data_flags, irpo_flags, lora_flags, world}
   assert all(not isinstance(f.value, float) or math.isfinite(f.value) for f in EVERY_FLAG.values())

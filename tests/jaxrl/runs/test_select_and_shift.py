@@ -28,7 +28,7 @@ from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import LoopConfig
 from jaxrl.training.optimizer import OptimizerConfig
-from jaxrl.training.step import preference_objective
+from jaxrl.training.objectives import preference_objective
 
 LENGTHS = (16,)
 

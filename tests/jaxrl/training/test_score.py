@@ -13,7 +13,7 @@ from jaxrl.models.decoder import forward, output_matrix
 from jaxrl.models.params import param_shardings
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.runs.process import count_programs
-from jaxrl.training.score import identity, score_rows
+from jaxrl.training.score import identity, score_rows, score_stream
 from tests import tiny_training as tiny
 from tests.tiny_model import CONFIG, random_params
 
@@ -130,3 +130,21 @@ def test_the_identity_of_parameters_changes_with_any_of_them():
     seen.add(params_lib.identity(jax.tree.unflatten(tree, [*leaves[:n], changed, *leaves[n + 1:]])))
   assert len(seen) == len(leaves) + 2
   assert params_lib.identity(jax.tree.map(jnp.asarray, params)) == params_lib.identity(params)
+
+
+def test_a_stream_gives_the_same_a_window_at_a_time(expected):
+  taken = []
+
+  def source():
+    for row in rows():
+      taken.append(row)
+      yield row
+
+  mesh = tiny.one_device()
+  with jax.set_mesh(mesh):
+    params = jax.device_put(random_params(), param_shardings(CONFIG, mesh))
+    stream = score_stream(params, source(), CONFIG, tiny.POLICY, window=4, mesh=mesh, lengths=(16,),
+                          batch_size=8, pad_id=0)
+    first = next(stream)
+    assert len(taken) == 4
+    assert_same([first, *stream], expected)
