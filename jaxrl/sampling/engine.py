@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
-from jaxrl.models.decoder import Cache, cast, decode_step, forward, init_cache, output_matrix
+from jaxrl.models.decoder import Cache, cast, decode_step, forward, init_cache, logits
 from jaxrl.parallel.sharding import ROLLOUT_SLOTS
 from jaxrl.sampling.filters import draw_tokens
 from jaxrl.sampling.requests import Request, Sample, SamplingConfig
@@ -99,7 +99,6 @@ def _prefill(params, state: Slots, prompts, assign, c: ModelConfig) -> Slots:
 def _decode(params, state: Slots, seed, c: ModelConfig, config: SamplingConfig,
             eos: tuple[int, ...], steps: int) -> Slots:
   """Up to `steps` tokens for every busy slot; stops early when none is busy."""
-  head = output_matrix(params, c)
   rows = jnp.arange(state.last.shape[0], dtype=jnp.int32)
 
   def token_key(key, draw, new):
@@ -111,10 +110,10 @@ def _decode(params, state: Slots, seed, c: ModelConfig, config: SamplingConfig,
   def one(carry):
     step, s = carry
     hidden, cache = decode_step(params, s.last, s.position, s.cache, c)
-    logits = jnp.einsum('rd,dv->rv', hidden, head, preferred_element_type=jnp.float32)
+    scores = logits(params, hidden, c)
     keys = jax.vmap(token_key)(s.key, s.draw, s.new)
     token, logprob = draw_tokens(
-        keys, logits, s.temperature, top_k=config.top_k, top_p=config.top_p)
+        keys, scores, s.temperature, top_k=config.top_k, top_p=config.top_p)
     at = jnp.where(s.busy, s.new, config.max_new_tokens)                # out of range: not written
     new = s.new + s.busy
     ended = functools.reduce(jnp.logical_or, [token == e for e in eos])
