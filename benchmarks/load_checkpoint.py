@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 READ_BYTES = 32 * 2**20
@@ -26,24 +27,22 @@ def write_checkpoint(folder: Path, c, seed: int = 0) -> int:
   """Random finite bfloat16 weights of `c`, tensor by tensor; returns the size of the file."""
   from jaxrl.models.hugging_face_config import write_config
   from jaxrl.models.hugging_face_tensors import tensor_shapes
+  from jaxrl.models.safetensors_file import write_file
 
-  header, position = {'__metadata__': {'format': 'pt'}}, 0
-  for name, shape in sorted(tensor_shapes(c).items()):
-    end = position + 2 * int(np.prod(shape))
-    header[name] = {'dtype': 'BF16', 'shape': list(shape), 'data_offsets': [position, end]}
-    position = end
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)
   rng = np.random.default_rng(seed)
+  shapes = tensor_shapes(c)
+  bfloat16 = np.dtype(ml_dtypes.bfloat16)
+
+  def value(name):
+    bits = rng.integers(0, 2**16, shapes[name], np.uint16)
+    # Exponents of all ones are NaN and inf; without their highest bit they are numbers.
+    return np.where(bits & 0x7F80 == 0x7F80, bits & 0xBFFF, bits).astype(np.uint16).view(bfloat16)
+
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(write_config(c)))
-  with (folder / 'model.safetensors').open('wb') as f:
-    f.write(len(text).to_bytes(8, 'little') + text)
-    for begin in range(0, position, READ_BYTES):
-      bits = rng.integers(0, 2**16, min(READ_BYTES, position - begin) // 2, np.uint16)
-      # Exponents of all ones are NaN and inf; the others are numbers.
-      f.write(np.where(bits & 0x7F80 == 0x7F80, bits & 0xBFFF, bits).astype(np.uint16).data)
-  return (folder / 'model.safetensors').stat().st_size
+  file = folder / 'model.safetensors'
+  write_file(file, {name: (shape, bfloat16) for name, shape in shapes.items()}, value)
+  return file.stat().st_size
 
 
 def config_of(n_bytes: float, layers: int):

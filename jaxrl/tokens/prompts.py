@@ -151,6 +151,20 @@ def render_prompt(
   return _apply(tokenizer, messages, where, tokenize=False)
 
 
+def system_into_user(prompt: Prompt) -> Prompt:
+  """The system text and a blank line in front of the first user message, in place of its own.
+
+  For chat templates without a system role (Gemma 2, Mistral 7B), which refuse one. Never done
+  unasked: a template that has the role was trained with it.
+  """
+  if isinstance(prompt, str) or len(prompt) < 2 or prompt[0].role != 'system':
+    return prompt
+  system, first, *rest = prompt
+  if first.role != 'user':
+    return prompt
+  return (Message('user', f'{system.content}\n\n{first.content}'), *rest)
+
+
 def _messages(
     tokenizer: Tokenizer, prompt: Prompt, use_chat_template: bool | None, where: str
 ) -> tuple[Message, ...] | None:
@@ -228,5 +242,7 @@ def _apply(
     raise InputError(f'the chat template of {tokenizer.folder} refuses the messages', where=where,
                      expected='roles and text that the template takes',
                      found=f'roles {roles}: {reason}',
-                     fix='Change the messages or use another template') from error
+                     fix='Put the system text into the first user message, or use another template'
+                     if messages[0].role == 'system'
+                     else 'Change the messages or use another template') from error
   return list(rendered) if tokenize else rendered

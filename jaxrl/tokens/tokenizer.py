@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -27,6 +28,9 @@ OTHER_FILES = (
 )
 METASPACE = '\u2581'   # marks a space in sentencepiece vocabularies
 PROBE = 'probe'        # a word no template treats specially
+# Tags that enclose thinking. A response says them and keeps them, also where a checkpoint marks
+# them as special tokens, which text otherwise never becomes and decoding leaves out.
+THINKING_TAGS = ('<think>', '</think>', '[THINK]', '[/THINK]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +48,13 @@ class Tokenizer:
     prefix_ids: what the tokenizer puts before plain text: BOS, or nothing.
     newline_ids: ids of a newline, for a tokenizer that puts a space before text; else None.
     response_lead: white space the chat template writes between prompt and response.
+    starts_text: a response begins as a text of its own does, with the space that sentencepiece puts
+      there: the template ends prompts with a token that splits text (Phi-3).
     special_ids: special ids; text from data never becomes one.
     control_ids: `special_ids`, and added ids the chat template writes; text of prompts never
       becomes one, but a response may say `<think>`.
     control_texts: the strings of `control_ids`, longest first.
+    thinking: ids of `THINKING_TAGS` that the checkpoint marks as special; not in `special_ids`.
   """
 
   hf: Any
@@ -60,16 +67,18 @@ class Tokenizer:
   prefix_ids: tuple[int, ...]
   newline_ids: tuple[int, ...] | None
   response_lead: str
+  starts_text: bool
   special_ids: frozenset[int]
   control_ids: frozenset[int]
   control_texts: tuple[str, ...]
+  thinking: dict[str, int]
 
 
 def load_tokenizer(folder: os.PathLike[str] | str, *, vocab_size: int) -> Tokenizer:
   """Loads the tokenizer of a local or gs:// folder; never the hub, never code from the folder.
 
   Args:
-    folder: holds tokenizer.json or a sentencepiece model, and their configuration files.
+    folder: holds what `AutoTokenizer` loads, or a SentencePiece tokenizer.model alone.
     vocab_size: rows of the model's embedding.
 
   Raises:
@@ -102,13 +111,17 @@ def load_tokenizer(folder: os.PathLike[str] | str, *, vocab_size: int) -> Tokeni
                      expected=f'ids from 0 to {vocab_size - 1}', found=outside,
                      fix='Correct eos_token_id in generation_config.json')
   special_ids, control_ids, control_texts = _controls(hf, eos_ids)
-  lead, end_id = _probe_template(hf, eos_ids)
+  thinking = {
+      token.content: i for i, token in hf.added_tokens_decoder.items()
+      if token.content in THINKING_TAGS and i in special_ids}
+  lead, starts_text, end_id = _probe_template(hf, eos_ids)
   return Tokenizer(
       hf=hf, folder=name, vocab_size=vocab_size, eos_ids=eos_ids, end_id=end_id,
       pad_id=eos_ids[0] if hf.pad_token_id is None else hf.pad_token_id,
       bos_id=hf.bos_token_id, prefix_ids=_prefix_ids(hf, name),
-      newline_ids=_newline_ids(hf), response_lead=lead, special_ids=special_ids,
-      control_ids=control_ids, control_texts=control_texts,
+      newline_ids=_newline_ids(hf), response_lead=lead, starts_text=starts_text,
+      special_ids=special_ids.difference(thinking.values()), control_ids=control_ids,
+      control_texts=control_texts, thinking=thinking,
   )
 
 
@@ -127,14 +140,50 @@ def response_ids(
   Raises:
     InputError: some of the text cannot be encoded but as a control token.
   """
-  ids = encode_text(tokenizer, tokenizer.response_lead + text, continues=True, where=where)
+  parts = _split_at(tokenizer.thinking, tokenizer.response_lead + text)
+  ids: list[int] = []
+  for part in parts:
+    if part in tokenizer.thinking:
+      ids.append(tokenizer.thinking[part])
+    else:
+      continues = bool(ids) or not tokenizer.starts_text
+      ids += encode_text(tokenizer, part, continues=continues, where=where)
   return ids + [tokenizer.end_id] if ends else ids
 
 
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-  """Text of ids, without special tokens and as it is: spaces before punctuation stay."""
-  text = tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+  """Text of response ids, without special tokens and as it is.
+
+  Spaces before punctuation and at the start stay, as do tags of thinking: `response_ids` of the
+  text gives the ids back wherever they are those that the tokenizer would choose.
+  """
+  tags = {i: tag for tag, i in tokenizer.thinking.items()}
+  text, start = '', 0
+  for place, i in enumerate(ids):
+    if i in tags:
+      text += _decode(tokenizer, ids[start:place], continues=bool(start)) + tags[i]
+      start = place + 1
+  text += _decode(tokenizer, ids[start:], continues=bool(start))
   return text.removeprefix(tokenizer.response_lead)
+
+
+def _decode(tokenizer: Tokenizer, ids: Sequence[int], *, continues: bool) -> str:
+  def plain(ids: list[int]) -> str:
+    return tokenizer.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+  if tokenizer.newline_ids is not None and (continues or not tokenizer.starts_text):
+    # Sentencepiece takes a space from the start of a text, which this is not.
+    after = plain([*tokenizer.newline_ids, *ids])
+    if after.startswith('\n'):
+      return after[1:]
+  return plain(list(ids))
+
+
+def _split_at(tags: Iterable[str], text: str) -> list[str]:
+  """The text in parts, of which each tag is one of its own."""
+  if not tags:
+    return [text]
+  return [part for part in re.split(f'({"|".join(map(re.escape, tags))})', text) if part]
 
 
 def encode_text(
@@ -216,7 +265,11 @@ def _load(local: str, name: str) -> Any:
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   from transformers import AutoTokenizer
 
+  from jaxrl.tokens import sentencepiece_model
+
   try:
+    if sentencepiece_model.is_bare(local):
+      return sentencepiece_model.load(local)
     return AutoTokenizer.from_pretrained(local, local_files_only=True, trust_remote_code=False)
   except Exception as error:  # the Rust side raises bare Exception for damaged files
     message = ' '.join(str(error).split())
@@ -288,23 +341,31 @@ def _controls(
   return frozenset(special), frozenset(control), tuple(ordered)
 
 
-def _probe_template(hf: Any, eos_ids: tuple[int, ...]) -> tuple[str, int]:
-  """White space between prompt and response, and the id that ends the turn, from a rendered turn.
+def _probe_template(hf: Any, eos_ids: tuple[int, ...]) -> tuple[str, bool, int]:
+  """`response_lead`, `starts_text` and `end_id`, from a rendered turn.
 
   Gemma ends turns with another id than its `eos_token`; Llama 2 writes a space before responses.
   """
+  unknown = '', False, eos_ids[0]
   if not hf.chat_template:
-    return '', eos_ids[0]
+    return unknown
   turn = [{'role': 'user', 'content': PROBE}]
   answered = [*turn, {'role': 'assistant', 'content': PROBE}]
   try:
     asked = hf.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     whole = hf.apply_chat_template(answered, tokenize=False)
   except Exception:  # a template is a program: it may serve prompts only, or fail in any way
-    return '', eos_ids[0]  # a bad one is named with the first prompt
-  if not whole.startswith(asked):
-    return '', eos_ids[0]
-  lead, _, tail = whole[len(asked):].partition(PROBE)
-  tail_ids = hf(tail, add_special_tokens=False)['input_ids']
+    return unknown   # a bad one is named with the first prompt
+  tail_ids = hf(whole.rpartition(PROBE)[2], add_special_tokens=False)['input_ids']
   end_id = next((i for i in tail_ids if i in eos_ids), eos_ids[0])
-  return (lead if lead.isspace() else ''), end_id
+  # Templates that open `<think>` for the model, or drop it from earlier turns, write another text
+  # when they ask than they keep: the response begins where asking ended.
+  if not whole.startswith(asked):
+    return '', False, end_id
+  lead = whole[len(asked):].partition(PROBE)[0]
+  lead = lead if lead.isspace() else ''
+  asked_ids, whole_ids = (
+      hf(text, add_special_tokens=False)['input_ids'] for text in (asked, whole))
+  alone = _encode(hf, lead + PROBE)
+  follows = whole_ids[len(asked_ids):len(asked_ids) + len(alone)]
+  return lead, whole_ids[:len(asked_ids)] == asked_ids and follows == alone, end_id
