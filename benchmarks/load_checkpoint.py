@@ -4,7 +4,7 @@
 
 writes a Llama-shaped bfloat16 checkpoint of random finite weights in a private folder there,
 measures every row in its own process, and removes it. Every row finds the file in the page cache
-as the one before left it.
+as the one before left it, and is in bytes of the file per second.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import ml_dtypes
 import numpy as np
 
 READ_BYTES = 32 * 2**20
+# The zeros are as many as the parameters: what memory costs that nothing has touched before.
+ROWS = ('raw', 'load float32', 'zeros float32', 'load bfloat16', 'zeros bfloat16')
 
 
 def write_checkpoint(folder: Path, c, seed: int = 0) -> int:
@@ -70,7 +72,7 @@ def status_bytes(key: str) -> int:
 
 
 def measure(row: str, folder: Path) -> dict:
-  """Seconds; and for a load the peak of host memory beyond what was there before and stays."""
+  """Seconds; and for a load the peak of host memory beyond the parameters."""
   file = folder / 'model.safetensors'
   if row == 'raw':
     buffer = memoryview(bytearray(READ_BYTES))
@@ -83,18 +85,25 @@ def measure(row: str, folder: Path) -> dict:
   import jax
 
   from jaxrl.models.hugging_face import load_params, read_config
+  from jaxrl.models.params import count_params
 
   c = read_config(folder)
+  kind, _, dtype = row.partition(' ')
+  if kind == 'zeros':
+    fill = jax.jit(lambda: jax.numpy.zeros(count_params(c), dtype)).lower().compile()
+    begin = time.perf_counter()
+    jax.block_until_ready(fill())
+    return {'seconds': time.perf_counter() - begin}
   jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.ones(8)))
   before = status_bytes('VmRSS')
   begin = time.perf_counter()
-  params = jax.block_until_ready(load_params(folder, c, dtype=jax.numpy.dtype(row)))
+  params = jax.block_until_ready(load_params(folder, c, dtype=jax.numpy.dtype(dtype)))
   seconds = time.perf_counter() - begin
-  on_host = sum(x.nbytes for x in jax.tree.leaves(params) if jax.devices()[0].platform == 'cpu')
+  held = sum(x.nbytes for x in jax.tree.leaves(params)) if jax.default_backend() == 'cpu' else 0
   return {
       'seconds': seconds,
-      'peak_beyond_parameters': status_bytes('VmHWM') - before - on_host,
-      'parameters_on_host': on_host,
+      'peak_beyond_parameters': status_bytes('VmHWM') - before - held,
+      'parameters': sum(x.nbytes for x in jax.tree.leaves(params)),
       'device': jax.devices()[0].device_kind,
   }
 
@@ -123,10 +132,10 @@ def main():
     largest = 2 * c.vocab_size * c.d_model
     print(f'{size / 1e9:.2f} GB bfloat16, largest tensor {largest / 2**20:.0f} MiB')
     # Twice: the first rows leave the file in the page cache as far as it fits.
-    for row in ('raw', 'float32', 'bfloat16', 'raw', 'float32', 'bfloat16'):
+    for row in ('raw', *ROWS, *ROWS):
       found = measure_in_process(row, Path(folder))
       peak = found.get('peak_beyond_parameters')
-      print(f'{row:10} {size / 1e9 / found["seconds"]:6.2f} GB/s'
+      print(f'{row:15} {size / 1e9 / found["seconds"]:6.2f} GB/s'
             + ('' if peak is None else f'  peak {peak / 2**20:5.0f} MiB beyond the parameters'
                f'  {found["device"]}'), flush=True)
 

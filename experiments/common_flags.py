@@ -29,7 +29,10 @@ flags.DEFINE_integer('seed', 0, 'Seed of every random draw.', lower_bound=0,
                      upper_bound=2**32 - 1)
 flags.DEFINE_list('mesh', None, 'Devices as data,fsdp,tensor; default: all on fsdp.')
 flags.DEFINE_enum('compute_dtype', 'bfloat16', ['bfloat16', 'float32'],
-                  'Type of matrix products; parameters stay float32.')
+                  'Type of matrix products; see --param_dtype for the parameters.')
+flags.DEFINE_enum('param_dtype', 'float32', ['float32', 'bfloat16'],
+                  'Type that parameters are kept in between steps. bfloat16 halves their memory; '
+                  'small updates are then lost to rounding. Moments of Adam stay float32.')
 flags.DEFINE_bool('remat', True, 'Recompute layers in the backward pass to save memory.')
 flags.DEFINE_integer('logp_chunk', 512, 'Target positions whose logits exist at one time, per row.',
                      lower_bound=1)

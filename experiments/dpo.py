@@ -16,12 +16,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, dpo_flags, lora_flags, loss_flags
+from experiments import common_flags, dpo_flags, lora_flags, loss_flags, sft_flags
 from jaxrl.data.batches import (
     LabelledRow,
     Pair,
@@ -68,7 +67,7 @@ def fit(session: Session, prompt: Sequence[int], responses: Sequence[str], where
     InputError: with --over_length=error, a row that does not fit.
   """
   encoded = [response_ids(session.tokenizer, text, ends=True, where=where) for text in responses]
-  limit = min(FLAGS.max_length, session.model.max_length)
+  limit = sft_flags.row_limit(session.model)
   excess = len(prompt) + max(map(len, encoded)) - limit
   if excess <= 0:
     return encoded
@@ -219,10 +218,14 @@ def first_loss(config: loss_flags.LossConfig) -> float | None:
   if not preference.needs_reference(name, config.pair_options) or config.pair_options != PLAIN \
       or preference.resolve(name) in ('rdpo_len', 'reward_aware') or FLAGS.reference is not None:
     return None
-  zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
-  batch = {f'{model}_{side}': zero for model in ('policy', 'ref') for side in (
-      'chosen', 'rejected')} | {f'{side}_mask': one for side in ('chosen', 'rejected')}
-  return float(preference.pref_loss(name, batch, **options)[0])
+  return preference.value_at_reference(name, options)
+
+
+def load_reference(session: Session, model: Model) -> Model:
+  """The reference of --reference; the model in training where none is given."""
+  if FLAGS.reference is None:
+    return model
+  return sessions.load_reference(session, epath.Path(FLAGS.reference), FLAGS.reference_storage)
 
 
 def loop_config(rows: int) -> LoopConfig:
@@ -256,8 +259,7 @@ def train_pairs(session: Session, start: epath.Path, config: loss_flags.LossConf
         -1, 2).tolist()}
     before = measure(session, 'before', model, held_out, sums, lengths)
   if config.needs_reference:
-    reference = model if FLAGS.reference is None else sessions.load_model(
-        session, epath.Path(FLAGS.reference))
+    reference = load_reference(session, model)
     reference_stage(session, ITERATION, reference, lengths, FLAGS.score_batch)
     pairs = training_pairs(session, ITERATION, reference)
     del reference
@@ -291,8 +293,7 @@ def train_labelled(session: Session, start: epath.Path, options: Mapping) -> Non
   adapted = lora_flags.adapted(session.model)
   objective = kto_objective(options, adapted or session.model, session.compute)
   model = sessions.load_model(session, start)
-  reference = model if FLAGS.reference is None else sessions.load_model(
-      session, epath.Path(FLAGS.reference))
+  reference = load_reference(session, model)
   logps = score(session, reference.params, [*rows, *others], lengths, 'reference')
   del reference
   training = [
@@ -322,7 +323,8 @@ def main(argv) -> None:
     model, tokenizer = sessions.open_model_folder(FLAGS.model)
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
-                        common_flags.compute_policy(), FLAGS.seed, programs)
+                        common_flags.compute_policy(), FLAGS.seed, programs,
+                        FLAGS.param_dtype)
       start = lora_flags.start_from(session, epath.Path(FLAGS.model))
       input_stage(session, {
           split: epath.Path(FLAGS[split].value) for split in ('train', 'test')

@@ -7,31 +7,37 @@ import sys
 import jax
 from absl import flags
 
-from experiments import common_flags, lora_flags, loss_flags
+from experiments import common_flags, data_flags, lora_flags, loss_flags, rounds_flags, sft_flags
 from jaxrl.errors import InputError
+from jaxrl.models.frozen import STORAGES
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-MODULES = (common_flags, lora_flags, loss_flags, sys.modules[__name__])
+LENDERS = (data_flags, rounds_flags, sft_flags)
+# What is used of the flags that belong to problems, to sampling methods and to fine-tuning.
+BORROWED = ('train', 'test', 'train_limit', 'test_limit', 'over_length', 'score_batch',
+            'max_length')
+MODULES = (common_flags, lora_flags, loss_flags, *LENDERS, sys.modules[__name__])
 
-flags.DEFINE_string('train', None, 'Preference file: JSONL or Parquet.')
-flags.DEFINE_string('test', None, 'Preference file to measure on before and after; optional.')
-flags.DEFINE_integer('train_limit', None, 'Rows of --train to read; default: all.', lower_bound=1)
-flags.DEFINE_integer('test_limit', None, 'Rows of --test to read; default: all.', lower_bound=1)
-flags.DEFINE_integer('max_length', 1024, 'Most ids of prompt and response together.',
-                     lower_bound=2)
-flags.DEFINE_enum('over_length', 'error', ['error', 'drop', 'truncate'],
-                  'What becomes of rows over --max_length; truncate cuts responses.')
-flags.DEFINE_integer('score_batch', 32, 'Responses per batch of the reference stage.',
-                     lower_bound=1)
 flags.DEFINE_string('reference', None, 'Model folder of the reference; default: --model.')
+flags.DEFINE_enum('reference_storage', 'float32', STORAGES, 'Type that the weights of --reference '
+                  'are kept in while it scores; see docs/storage.md for the error of int8.')
+
+
+for key in BORROWED:
+  flags.declare_key_flag(key)
 
 
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
   idle = lora_flags.without_effect() | loss_flags.without_effect()
+  for lender in LENDERS:
+    idle |= {flag.name: 'it belongs to another experiment'
+             for flag in FLAGS.get_flags_for_module(lender) if flag.name not in BORROWED}
   if FLAGS.test is None:
     idle['test_limit'] = 'no --test'
+  if FLAGS.reference is None:
+    idle['reference_storage'] = 'no --reference: the reference is the model in training'
   return idle
 
 

@@ -1,4 +1,4 @@
-"""The tables that end an IRPO run, read back from the run folder."""
+"""The tables that end a run of an iterated method, read back from the run folder."""
 
 from __future__ import annotations
 
@@ -49,16 +49,27 @@ def rows(session: Session) -> list[dict[str, str]]:
   return table
 
 
-def show(session: Session, table: list[dict[str, str]]) -> None:
-  """Prints the tables and the paired difference between the last model and the first."""
+Titled = tuple[str, tuple[str, ...]]         # what a table shows, and its columns
+ANSWERS: tuple[Titled, ...] = (
+    ('answers of each model, and the prompts and pairs it was trained on', RESULTS),)
+
+
+def show(
+    session: Session, table: list[dict[str, str]], *, name: str = 'IRPO',
+    results: tuple[Titled, ...] = ANSWERS,
+) -> None:
+  """Prints the tables and the paired difference between the last model and the first.
+
+  `name` is the method's; `results` come before the tables that all methods have.
+  """
   stages = [column for column in STAGES if any(row[column] != '-' for row in table)]
   for title, columns in (
-      ('IRPO: answers of each model, and the prompts and pairs it was trained on', RESULTS),
-      ('IRPO: length and, at the end of training, mean log-prob of responses; speed', RESPONSES),
-      ('IRPO: seconds per stage', ('iteration', *stages))):
+      *results,
+      ('length and, at the end of training, mean log-prob of responses; speed', RESPONSES),
+      ('seconds per stage', ('iteration', *stages))):
     width = {column: max(len(row[column]) for row in table) for column in columns}
     session.progress.table(
-        title, columns, [[row[c].rjust(width[c]) for c in columns] for row in table])
+        f'{name}: {title}', columns, [[row[c].rjust(width[c]) for c in columns] for row in table])
   before, after = (_greedy(session, n) for n in (0, len(table) - 1))
   difference = paired_difference([before[key] for key in sorted(before)],
                                  [after[key] for key in sorted(before)])

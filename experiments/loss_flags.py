@@ -10,7 +10,7 @@ from absl import flags
 from jaxrl.errors import InputError
 from jaxrl.losses import preference
 from jaxrl.losses.pairs import DIVERGENCES, PairOptions
-from jaxrl.training.objectives import MovingReference, Parts
+from jaxrl.training.objectives import MovingReference, Parts, check_mixture
 
 FLAGS = flags.FLAGS
 
@@ -120,10 +120,8 @@ def check() -> LossConfig:
         raise ValueError('kto works on single responses: it mixes with no other loss and has no '
                          'variants of pairs')
       return LossConfig({}, pair_options, None, options['kto'])
-    for name in weights:
-      preference.check_loss(name, options[name], pair_options)
+    parts = {name: (weight, options[name]) for name, weight in weights.items()}
+    check_mixture(parts, pair_options, moving)
   except ValueError as error:
     raise InputError('the loss cannot be used', where='--loss', found=str(error)) from error
-  return LossConfig(
-      {name: (weight, options[name]) for name, weight in weights.items()}, pair_options, moving,
-      None)
+  return LossConfig(parts, pair_options, moving, None)

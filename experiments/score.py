@@ -33,7 +33,7 @@ from jaxrl.data.readers import read_exchange
 from jaxrl.data.rows import Row, read_rows, row_id
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
-from jaxrl.models.hugging_face import load_params
+from jaxrl.models.frozen import load_frozen
 from jaxrl.models.lora import adapter_shardings, attach
 from jaxrl.models.peft_folder import read_adapter
 from jaxrl.runs.durable import naming_full_disk, open_atomic
@@ -142,7 +142,7 @@ def load_model(c: ModelConfig, mesh: jax.sharding.Mesh) -> tuple[dict, ModelConf
 
   An adapter stays beside the model, as it was trained: nothing is merged or rounded.
   """
-  params = load_params(FLAGS.model, c, mesh=mesh)
+  params = load_frozen(FLAGS.model, c, mesh=mesh, storage=FLAGS.storage)
   if FLAGS.adapter is None:
     return params, c
   lora, factors = read_adapter(FLAGS.adapter, c)

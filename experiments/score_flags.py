@@ -10,6 +10,7 @@ from etils import epath
 
 from experiments import common_flags, data_flags, lora_flags, output_flag
 from jaxrl.errors import InputError
+from jaxrl.models.frozen import STORAGES
 from jaxrl.training.logps import ComputePolicy
 
 FLAGS = flags.FLAGS
@@ -18,6 +19,8 @@ flags.DEFINE_string('data', None, 'Rows with prompt or messages, and response: J
                     'or Parquet.')
 flags.DEFINE_bool('end_of_response', True, 'Append the id that ends a turn to every response, as '
                   'training does; without it responses count as cut.')
+flags.DEFINE_enum('storage', 'float32', STORAGES, 'Type that the weights are kept in; int8 takes a '
+                  'quarter of the memory, see docs/storage.md for its error.')
 flags.DEFINE_bool('system_in_user', False, 'Put system messages in front of the first user '
                   'message, for chat templates without a system role.')
 
@@ -47,6 +50,9 @@ def check() -> epath.Path:
     if not FLAGS[name].value:
       raise InputError('scoring needs this flag', where=f'--{name}', expected=expected,
                        found='none')
+  if FLAGS.adapter and FLAGS.storage == 'int8':
+    raise InputError('an adapter goes on weights as they are', where='--storage',
+                     expected='float32 or bfloat16 with --adapter', found='int8')
   output = epath.Path(FLAGS.output)
   if '://' in FLAGS.output or output.suffix != '.jsonl':
     raise InputError('scores are written as JSON lines on a local disk', where='--output',

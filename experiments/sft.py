@@ -47,9 +47,9 @@ from jaxrl.tokens.prompts import Message, prompt_ids, render_prompt
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.tokens.tokenizer import Tokenizer, load_tokenizer, response_ids
 from jaxrl.training.loop import LoopConfig
+from jaxrl.training.objectives import sft_objective
 from jaxrl.training.optimizer import learning_rate_schedule
 from jaxrl.training.score import score_rows
-from jaxrl.training.objectives import sft_objective
 
 FLAGS = flags.FLAGS
 for module in (common_flags, data_flags, lora_flags, sft_flags):
@@ -272,7 +272,8 @@ def main(argv) -> None:
     progress.line(f'{start}: {count_params(model):,} parameters')
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
-                        common_flags.compute_policy(), FLAGS.seed, programs)
+                        common_flags.compute_policy(), FLAGS.seed, programs,
+                        FLAGS.param_dtype)
       folder = fine_tune(session, start)
     write_report(run.folder)
     progress.line(f'report: {run.folder / "report.html"}')

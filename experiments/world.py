@@ -31,8 +31,8 @@ from jaxrl.tokens.prompts import Message, prompt_ids
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.tokens.tokenizer import response_ids
 from jaxrl.training.loop import LoopConfig
-from jaxrl.training.optimizer import OptimizerConfig
 from jaxrl.training.objectives import sft_objective
+from jaxrl.training.optimizer import OptimizerConfig
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer('world_sft', 12_000, 'Worked solutions that the seed model is trained on.',

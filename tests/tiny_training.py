@@ -11,9 +11,9 @@ from jaxrl.models.params import param_shardings
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import put_batch
+from jaxrl.training.objectives import preference_objective, sft_objective
 from jaxrl.training.optimizer import OptimizerConfig, make_optimizer
 from jaxrl.training.score import score_rows
-from jaxrl.training.objectives import preference_objective, sft_objective
 from jaxrl.training.step import init_state, train_step
 from tests.tiny_model import CONFIG, QUICK, random_params
 

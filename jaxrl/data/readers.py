@@ -71,7 +71,7 @@ def read_problems(
     task: Task,
     limit: int | None = None,
     *,
-    missing_gold: Literal['error', 'keep'] = 'error',
+    missing_gold: Literal['error', 'keep', 'keep_any'] = 'error',
 ) -> list[Problem]:
   """All problems of a file, or the first `limit`, in file order with unique ids.
 
@@ -81,20 +81,21 @@ def read_problems(
   Args:
     missing_gold: what a null or empty gold answer is. 'keep' makes it '', which scoring counts as
       `unparseable_gold`: real files have a few, and a row that goes uncounted would be worse.
+      'keep_any' does so for every answer that is absent or malformed, where gold is not needed.
 
   Raises:
     InputError: a file, row or field that cannot be used (the first one found).
   """
-  if missing_gold not in ('error', 'keep'):
+  if missing_gold not in ('error', 'keep', 'keep_any'):
     raise InputError('unknown policy for missing gold answers', where='--missing_gold',
-                     expected="'error' or 'keep'", found=repr(missing_gold), fix='Choose one')
+                     expected="'error', 'keep' or 'keep_any'", found=repr(missing_gold), fix='Choose one')
   problems: list[Problem] = []
   seen: dict[str, int] = {}
   for row in _first(read_rows(path), limit):
     prompt_id = row_id(row, task.id_field, required=task.id_required)
     check_unique(seen, row, prompt_id, task.id_field)
     gold, solution, labels, options = read_answer(
-        row, task, keep_missing=missing_gold == 'keep'
+        row, task, keep_missing=missing_gold != 'error', keep_unreadable=missing_gold == 'keep_any'
     )
     prompt = read_prompt(row, task.prompt_field)
     if isinstance(prompt, str):

@@ -178,11 +178,12 @@ def read_choices(row: Row, field: str) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def read_answer(
-    row: Row, task: Task, *, keep_missing: bool = False
+    row: Row, task: Task, *, keep_missing: bool = False, keep_unreadable: bool = False
 ) -> tuple[str, str | None, tuple[str, ...] | None, str]:
   """Gold answer, gold solution or None, labels or None, and the options as lines ('' if none).
 
-  With `keep_missing` a null or empty gold answer is '', which no checker can parse.
+  With `keep_missing` a null or empty gold answer is '', which no checker can parse; with
+  `keep_unreadable` an absent or malformed one is as well.
   """
   where = f'{row.where}, field {task.answer_field!r}'
   value = row.fields.get(task.answer_field, UNSET)
@@ -190,16 +191,23 @@ def read_answer(
   if keep_missing and is_missing:
     gold, solution = '', None
   else:
-    value = get_field(row, task.answer_field, f'a gold answer of kind {task.answer_kind}')
-    gold = task.gold(value, where)
-    solution = task.gold_solution(value) if task.gold_solution else None
+    try:
+      value = get_field(row, task.answer_field, f'a gold answer of kind {task.answer_kind}')
+      gold = task.gold(value, where)
+      solution = task.gold_solution(value) if task.gold_solution else None
+    except InputError:
+      if not keep_unreadable:
+        raise
+      gold, solution = '', None
   if task.choices_field is None:
     return gold, solution, None, ''
   labels, texts = read_choices(row, task.choices_field)
   if gold and gold not in labels:
-    raise InputError('the gold answer is not one of the options', where=where,
-                     expected=f'one of {", ".join(labels)}', found=describe(value),
-                     fix='Correct the row')
+    if not keep_unreadable:
+      raise InputError('the gold answer is not one of the options', where=where,
+                       expected=f'one of {", ".join(labels)}', found=describe(value),
+                       fix='Correct the row')
+    gold = ''
   options = ''.join(f'\n({label}) {text}' for label, text in zip(labels, texts, strict=True))
   return gold, solution, labels, options
 

@@ -34,7 +34,7 @@ def kto(
 
   Args:
     batch: `policy`, `ref`, `mask` [B, T], `label` [B] (1 is desirable).
-    z0: [] max(0, `kl_estimate` of the global batch), without gradient.
+    z0: [] or [B] max(0, `kl_estimate` of the global batch), without gradient.
 
   Raises:
     ValueError: an option out of range.

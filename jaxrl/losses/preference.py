@@ -67,6 +67,10 @@ LOSSES: Mapping[str, Loss] = {
 ALIASES = {'rpo': 'irpo', 'sigmoid': 'dpo', 'sigmoid_norm': 'dpo_norm', 'sft': 'nll'}
 
 
+# What a row may carry beside its sums: constants of a survey, and numbers of the batch.
+_ROWS = ('aot_target', 'aot_loser', 'aot_winner', 'bco_delta', 'reward_margin')
+
+
 def resolve(name: str) -> str:
   """The loss's own name; raises ValueError for one that nobody knows."""
   name = ALIASES.get(name, name)
@@ -102,9 +106,16 @@ def check_loss(
   if resolve(name) == 'bco':
     whole_batch.check_bco(**{**known, **options})
   one = jnp.ones(1, jnp.float32)
-  rows = ('aot_target', 'aot_loser', 'aot_winner', 'bco_delta', 'reward_margin')
-  sums = PairSums(*(one,) * 10, valid=one > 0, weights=one, rows=dict.fromkeys(rows, one))
+  sums = PairSums(*(one,) * 10, valid=one > 0, weights=one, rows=dict.fromkeys(_ROWS, one))
   jax.eval_shape(lambda: {key: t.per_row for key, t in loss.terms(sums, **options).items()})
+
+
+def value_at_reference(name: str, options: Mapping[str, Any]) -> float:
+  """The preference term of a pair where policy = reference, which is where training starts."""
+  zero, one = jnp.zeros(1, jnp.float32), jnp.ones(1, jnp.float32)
+  sums = PairSums(
+      one, one, *(zero,) * 8, valid=one > 0, weights=one, rows=dict.fromkeys(_ROWS, zero))
+  return float(LOSSES[resolve(name)].terms(sums, **options)['preference'].per_row[0])
 
 
 def survey(

@@ -55,19 +55,19 @@ def config_of(
     c: ModelConfig, source: Path | None, ids: dict[str, Any], dtype: str) -> dict[str, Any]:
   """The config.json object to write.
 
-  Where the source's own describes this very model its other fields are kept, so that every tool
-  finds what it found there.
+  Where the source's own describes this very model it stays as it is but for the type of the
+  weights, so that every tool finds what it found there, fields that mean nothing here included.
   """
-  kept: dict[str, Any] = {}
-  if source is not None and (source / CONFIG).is_file():
-    kept = read_object(source / CONFIG)
-    try:
-      if parse_config(kept, where=source / CONFIG) != dataclasses.replace(c, lora=None):
-        kept = {}
-    except InputError:                   # the folder of a tokenizer may be of any model
-      kept = {}
-  config = kept | write_config(c) | ids | {'torch_dtype': dtype}
-  config |= {'dtype': dtype} if 'dtype' in kept else {}
+  path = None if source is None else source / CONFIG
+  kept = read_object(path) if path is not None and path.is_file() else {}
+  try:
+    is_same = parse_config(kept, where=path or CONFIG) == dataclasses.replace(c, lora=None)
+  except InputError:                     # none, or that of a tokenizer of any model
+    is_same = False
+  config = (kept if is_same else write_config(c)) | ids
+  config |= {key: dtype for key in ('torch_dtype', 'dtype') if key in config}
+  if 'dtype' not in config:
+    config['torch_dtype'] = dtype
   config.pop('auto_map', None)           # names code, which is not copied
   return config
 

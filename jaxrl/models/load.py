@@ -13,7 +13,7 @@ import functools
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,13 @@ def load_params(
     *,
     mesh: Mesh | None = None,
     dtype=jnp.float32,
+    finish: Callable[[str, jax.Array], Any] = lambda path, weight: weight,
 ) -> Params:
   """The parameters stored in `folder`, as `dtype`, each in its resting place on `mesh`.
 
   Every device is given its own slice and a host reads what its devices need. The host holds a few
-  blocks of BLOCK_BYTES, and no initialised model exists at any time.
+  blocks of BLOCK_BYTES, and no initialised model exists at any time. `finish(path, weight)` says
+  what stands for each weight in the tree, before the next one is read.
 
   Raises:
     InputError: see `model_folder.find_tensors`; or a tensor is missing, unexpected, of the wrong
@@ -88,7 +90,8 @@ def load_params(
   with open_files(stored) as read:
     if c.tie_embeddings:
       _check_tied_head(stored, read, c)
-    flat = {path: _load(read, stored, path, c, mesh, np.dtype(dtype)) for path in specs}
+    flat = {
+        path: finish(path, _load(read, stored, path, c, mesh, np.dtype(dtype))) for path in specs}
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

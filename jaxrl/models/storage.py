@@ -27,18 +27,21 @@ class Int8:
   scale: jax.Array            # float32, size 1 along the dimensions a product sums over
 
 
-def quantise(params: Params, c: ModelConfig) -> Params:
-  """The same tree with every matrix as `Int8`; norms, biases and routers are left as they are.
+def is_quantised(name: str, s: ParamSpec) -> bool:
+  """Whether the weight of this name becomes `Int8`; norms, biases and routers stay as they are."""
+  return bool(s.summed) and name not in KEPT
 
-  Traceable; donate the argument to free each matrix as it is replaced.
-  """
+
+def quantise(params: Params, c: ModelConfig) -> Params:
+  """The same tree with every matrix as `Int8`; traceable."""
   def one(path, s: ParamSpec, x):
-    return x if not s.summed or path[-1].key in KEPT else _quantise(x, s.summed)
+    return quantise_weight(x, s.summed) if is_quantised(path[-1].key, s) else x
 
   return jax.tree.map_with_path(one, decoder_specs(c), params, is_leaf=is_spec)
 
 
-def _quantise(x: jax.Array, summed: tuple[int, ...]) -> Int8:
+def quantise_weight(x: jax.Array, summed: tuple[int, ...]) -> Int8:
+  """One matrix, rounded to the nearest of 255 steps of each output channel."""
   x = x.astype(jnp.float32)
   largest = jnp.max(jnp.abs(x), axis=summed, keepdims=True)
   scale = jnp.where(largest > 0, largest / 127, 1.0)   # an all-zero channel stays zero

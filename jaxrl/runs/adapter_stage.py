@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import jax
 from etils import epath
 
+from jaxrl.models.identity import identity
 from jaxrl.models.lora import adapter_shardings, attach, merge
-from jaxrl.models.params import identity
 from jaxrl.models.peft_folder import read_adapter
 from jaxrl.runs.session import Session, load_model, write_model
 

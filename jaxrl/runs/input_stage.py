@@ -16,12 +16,16 @@ def input_stage(session: Session, paths: Mapping[str, epath.Path]) -> None:
   """Writes `inputs.json`, the SHA-256 of each file by its role; compares on every start.
 
   Raises:
-    InputError: a file is not the one that the run was started with.
+    InputError: a file cannot be read, or is not the one that the run was started with.
   """
   found = {}
   for role, path in paths.items():
-    with path.open('rb') as file:
-      found[role] = hashlib.file_digest(file, 'sha256').hexdigest()
+    try:
+      with path.open('rb') as file:
+        found[role] = hashlib.file_digest(file, 'sha256').hexdigest()
+    except OSError as error:
+      raise InputError(f'the {role} file cannot be read', where=path,
+                       found=error.strerror or error) from error
 
   def produce(scratch: epath.Path) -> dict:
     (scratch / 'inputs.json').write_text(json.dumps(found, indent=1))

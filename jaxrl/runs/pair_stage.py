@@ -13,18 +13,20 @@ from jaxrl.runs.score_stage import read_scores
 from jaxrl.runs.session import Session
 
 # (samples joined with their scores) -> (pair rows without method and iteration, counts by name)
-BuildPairs = Callable[[Sequence[Mapping]], tuple[list[dict], dict[str, int]]]
+BuildPairs = Callable[[Sequence[Mapping]], tuple[list[dict], Mapping[str, float]]]
 
 
-def pair_stage(session: Session, iteration: int, method: str, build: BuildPairs) -> Mapping:
+def pair_stage(
+    session: Session, iteration: int, method: str, build: BuildPairs, *, needs: str, fix: str
+) -> Mapping:
   """Writes `pairs.parquet` and one metrics record; returns counts.
 
   Raises:
-    InputError: no pair could be built, with the reasons and their counts.
+    InputError: no pair could be built: what it `needs`, the counts, and how to `fix` it.
   """
   name = f'iteration_{iteration:02d}/pairs'
 
-  def produce(scratch: epath.Path) -> dict:
+  def produce(scratch: epath.Path) -> Mapping:
     joined = [
         sample | score for sample, score in zip(
             read_samples(session, iteration), read_scores(session, iteration), strict=True)
@@ -35,9 +37,8 @@ def pair_stage(session: Session, iteration: int, method: str, build: BuildPairs)
     if not rows:
       raise InputError(
           'no preference pair could be built, so there is nothing to train on', where=name,
-          expected='prompts with both right and wrong answers',
-          found=', '.join(f'{key} {value}' for key, value in counts.items()),
-          fix='Raise --samples_per_prompt or --temperature, or use another model or other prompts')
+          expected=needs, found=', '.join(f'{key} {value}' for key, value in counts.items()),
+          fix=fix)
     tables.write_table(
         scratch / 'pairs.parquet', [r | {'method': method, 'iteration': iteration} for r in rows],
         tables.PAIRS)

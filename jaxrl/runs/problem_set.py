@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Literal
 
 from jaxrl.data.readers import Problem, read_problems
@@ -28,20 +28,32 @@ class ProblemSet:
     """`count` of the prompts, chosen uniformly; none for 0."""
     return cap(self.prompts, count, seed) if count else []
 
+  def without(self, prompts: Sequence[EncodedPrompt]) -> ProblemSet:
+    """The same problems, of which those of `prompts` are not asked."""
+    ids = {prompt.prompt_id for prompt in prompts}
+    return ProblemSet(self.problems, [p for p in self.prompts if p.prompt_id not in ids])
+
 
 def read_problem_set(
     session: Session, path: os.PathLike[str], task: Task, rule: AnswerRule, *, limit: int | None,
     max_prompt_length: int, over_length: Literal['error', 'drop'],
+    labelled: Callable[[Sequence[str]], Set[str]] | None = None,
 ) -> ProblemSet:
   """Reads, checks and encodes every problem; what is left out is counted in one line.
 
-  A problem whose gold answer is missing or cannot be parsed is not asked.
+  A problem whose gold answer is missing or cannot be parsed is not asked. `labelled` takes the ids
+  of all problems to those whose gold is needed; of the others it may be anything.
 
   Raises:
     InputError: the first row that cannot be used; more than 1 percent of unparseable gold.
   """
-  problems = read_problems(path, task, limit, missing_gold='keep')
-  unparsed = check_gold(problems, rule, str(path))
+  problems = read_problems(
+      path, task, limit, missing_gold='keep' if labelled is None else 'keep_any')
+  judged = problems
+  if labelled is not None:
+    ids = labelled([p.prompt_id for p in problems])
+    judged = [p for p in problems if p.prompt_id in ids]
+  unparsed = check_gold(judged, rule, str(path))
   asked = [p for p in problems if p.prompt_id not in unparsed]
   encoded = encode_prompts(
       session.tokenizer, asked, max_prompt_length=max_prompt_length, over_length=over_length)

@@ -26,6 +26,12 @@ class Draws:
   temperature: float
   seed: int
   part_prompts: int           # prompts per part; a kill loses at most the part it interrupts
+  extra: tuple[float, ...] = ()   # temperatures of further responses, which have no vote
+
+  @property
+  def temperatures(self) -> tuple[float, ...]:
+    """Of every response of a prompt, by `sample_index`."""
+    return (self.temperature,) * self.count + self.extra
 
 
 def draw_rows(
@@ -33,13 +39,14 @@ def draw_rows(
     bar: Bar,
 ) -> list[dict]:
   """Rows of (prompt, draw) in order, without what only the stage knows (iteration, model)."""
-  requests = sampling_requests(list(prompts), draws.count, draws.temperature)
+  each = len(draws.temperatures)
+  requests = sampling_requests(list(prompts), draws.temperatures)
   rows: list[dict] = [{}] * len(requests)
   for sample in generate(engine, params, requests, seed=draws.seed):
-    prompt = prompts[sample.request // draws.count]
+    prompt = prompts[sample.request // each]
     rows[sample.request] = {
         'prompt_id': prompt.prompt_id,
-        'sample_index': sample.request % draws.count,
+        'sample_index': sample.request % each,
         'prompt': prompt.text,
         'response': decode(session.tokenizer, sample.response_ids),
         'prompt_ids': list(prompt.ids),
@@ -62,12 +69,12 @@ def sample_stage(
     params = rollout_params(model.params, session.mesh, engine.config.dtype)
     parts = []
     tokens, seconds = 0, 0.0   # of this attempt; parts of an earlier one took it no time
-    total = len(prompts) * draws.count
+    total = len(prompts) * len(draws.temperatures)
     with session.progress.stage(f'iteration {iteration}: sample', total, 'samples') as bar:
       for start in range(0, len(prompts), draws.part_prompts):
         group = prompts[start:start + draws.part_prompts]
         part = scratch / f'part_{start:08d}.parquet'
-        table = _finished_part(session, part, group, draws.count)
+        table = _finished_part(session, part, group, len(draws.temperatures))
         if table is not None:
           bar.advance(table.num_rows)
         else:
@@ -76,9 +83,11 @@ def sample_stage(
           seconds += time.perf_counter() - start_time
           tokens += sum(len(row['response_ids']) for row in rows)
           common = {
-              'temperature': draws.temperature, 'top_p': engine.sampling.top_p,
-              'iteration': iteration, 'source_model': model.identity}
-          tables.write_table(part, [row | common for row in rows], tables.SAMPLES)
+              'top_p': engine.sampling.top_p, 'iteration': iteration,
+              'source_model': model.identity}
+          tables.write_table(part, [
+              row | common | {'temperature': draws.temperatures[row['sample_index']]}
+              for row in rows], tables.SAMPLES)
           table = tables.read_table(part, tables.SAMPLES)
         parts.append(table)
     table = pa.concat_tables(parts)

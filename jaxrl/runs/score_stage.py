@@ -10,7 +10,7 @@ from etils import epath
 from jaxrl.data.readers import Problem
 from jaxrl.errors import InputError
 from jaxrl.rewards.checking import AnswerRule, Verdict, canonical_gold, check_answers
-from jaxrl.rewards.voting import votes
+from jaxrl.rewards.voting import votes_among
 from jaxrl.runs import tables
 from jaxrl.runs.sample_stage import read_samples
 from jaxrl.runs.session import Session
@@ -49,9 +49,13 @@ def check_gold(problems: list[Problem], rule: AnswerRule, where: str) -> set[str
 
 
 def score_stage(
-    session: Session, iteration: int, problems: Mapping[str, Problem], rule: AnswerRule
+    session: Session, iteration: int, problems: Mapping[str, Problem], rule: AnswerRule,
+    voters: int,
 ) -> Mapping:
-  """Writes `scores.parquet`, row-aligned with the samples; returns counts of verdicts."""
+  """Writes `scores.parquet`, row-aligned with the samples; returns counts of verdicts.
+
+  The first `voters` draws of a prompt vote; a draw's `votes` are those for its answer.
+  """
   name = f'iteration_{iteration:02d}/scores'
 
   def produce(scratch: epath.Path) -> dict:
@@ -68,7 +72,8 @@ def score_stage(
     for row in rows:
       by_prompt[row['prompt_id']].append(row)
     for group in by_prompt.values():
-      for row, count in zip(group, votes([r['answer'] for r in group]), strict=True):
+      answers = [row['answer'] for row in group]
+      for row, count in zip(group, votes_among(answers[:voters], answers), strict=True):
         row['votes'] = count
     tables.write_table(scratch / 'scores.parquet', rows, tables.SCORES)
     found = collections.Counter(row['verdict'] for row in rows)

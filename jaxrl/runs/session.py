@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,9 @@ from etils import epath
 
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
+from jaxrl.models.frozen import load_frozen
 from jaxrl.models.hugging_face import load_params, read_config, save_model
-from jaxrl.models.params import identity
+from jaxrl.models.identity import identity
 from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.stages import Run
@@ -39,6 +40,7 @@ class Session:
   compute: ComputePolicy
   seed: int
   programs: Callable[[], int]   # XLA programs compiled by this process so far
+  param_dtype: str = 'float32'  # of the parameters between steps
 
   def stream_seed(self, iteration: int, stream: int) -> int:
     """A seed of 32 bits for one kind of draw in one iteration."""
@@ -66,12 +68,7 @@ def open_model_folder(folder: str) -> tuple[ModelConfig, Tokenizer]:
   return config, load_tokenizer(folder, vocab_size=config.vocab_size)
 
 
-def load_model(session: Session, folder: epath.Path) -> Model:
-  """Float32 master parameters on the mesh.
-
-  Raises:
-    InputError: the folder holds another architecture than the run started with.
-  """
+def _same_config(session: Session, folder: epath.Path) -> ModelConfig:
   config = read_config(folder)
   if config != session.model:
     changed = [
@@ -79,7 +76,28 @@ def load_model(session: Session, folder: epath.Path) -> Model:
         if getattr(config, f.name) != getattr(session.model, f.name)]
     raise InputError('the model differs from the one the run started with', where=folder,
                      expected='the same config.json', found=f'other {", ".join(changed)}')
-  params = load_params(folder, config, mesh=session.mesh)
+  return config
+
+
+def load_model(session: Session, folder: epath.Path) -> Model:
+  """Master parameters on the mesh, in the type that the session keeps them in.
+
+  Raises:
+    InputError: the folder holds another architecture than the run started with.
+  """
+  config = _same_config(session, folder)
+  params = load_params(folder, config, mesh=session.mesh, dtype=jnp.dtype(session.param_dtype))
+  return Model(folder, params, identity(params))
+
+
+def load_reference(session: Session, folder: epath.Path, storage: str) -> Model:
+  """A model that is only read, stored as `storage`; its identity is that of what is stored.
+
+  Raises:
+    InputError: the folder holds another architecture than the run started with.
+  """
+  config = _same_config(session, folder)
+  params = load_frozen(folder, config, mesh=session.mesh, storage=storage)
   return Model(folder, params, identity(params))
 
 
@@ -89,10 +107,10 @@ def write_model(session: Session, folder: epath.Path, params: dict, source: epat
 
 
 def sampling_requests(
-    prompts: list[EncodedPrompt], draws: int, temperature: float
+    prompts: list[EncodedPrompt], temperatures: Sequence[float]
 ) -> list[Request]:
-  """One request per (prompt, draw), draws of a prompt together; keyed by the prompt's id."""
+  """One request per prompt and temperature, those of a prompt together; keyed by its id."""
   return [
       Request(zlib.crc32(p.prompt_id.encode()), draw, p.ids, temperature)
-      for p in prompts for draw in range(draws)
+      for p in prompts for draw, temperature in enumerate(temperatures)
   ]

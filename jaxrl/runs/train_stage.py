@@ -11,13 +11,13 @@ import jax
 from etils import epath
 
 from jaxrl.models.config import ModelConfig
+from jaxrl.models.identity import identity
 from jaxrl.models.lora import adapter_shardings, attach, init_adapter, merge
-from jaxrl.models.params import identity
 from jaxrl.models.peft_folder import write_adapter
 from jaxrl.runs.session import ADAPTER_STREAM, Model, Session, write_model
 from jaxrl.training.loop import LoopConfig, Step, train
-from jaxrl.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxrl.training.objectives import Objective
+from jaxrl.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from jaxrl.training.step import TrainState, init_state, train_step
 
 

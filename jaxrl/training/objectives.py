@@ -89,15 +89,10 @@ def mixed_objective(
   Raises:
     ValueError: an unknown loss, an option out of range or that does not apply.
   """
-  for name, (_, options) in parts.items():
-    preference.check_loss(name, options, pair_options)
+  check_mixture(parts, pair_options, moving)
   names = tuple(parts)
   uses_reference = any(preference.needs_reference(name, pair_options) for name in names)
-  if moving is not None and not uses_reference:
-    raise ValueError(f'{", ".join(names)} has no reference that could move')
   surveyed = [name for name in names if preference.is_surveyed(name)]
-  if len(surveyed) > 1:
-    raise ValueError(f'{" and ".join(surveyed)} each order the whole batch; take one of them')
   if not uses_reference:
     pair_options = dataclasses.replace(pair_options, reference_free=True)   # nothing reads it
   beta = preference.metric_beta(names[0], parts[names[0]][1])
@@ -141,7 +136,8 @@ def mixed_objective(
       s, moments = preference.survey(
           name, sums(logps, batch), state.get('running'), **parts[name][1])
       batch = {**batch, **{f'row/{key}': x for key, x in s.rows.items()}}
-      state = state | {'running': dict(moments)}
+      if 'running' in state:
+        state = state | {'running': dict(moments)}
     return batch, state
 
   def start(params):
@@ -153,6 +149,20 @@ def mixed_objective(
   if moving is None and not surveyed:
     return Objective(totals, counts)
   return Objective(totals, counts, survey, start)
+
+
+def check_mixture(
+    parts: Parts, pair_options: PairOptions, moving: MovingReference | None
+) -> None:
+  """Raises ValueError for losses that cannot be used, alone or with each other."""
+  for name, (_, options) in parts.items():
+    preference.check_loss(name, options, pair_options)
+  if moving is not None and not any(
+      preference.needs_reference(name, pair_options) for name in parts):
+    raise ValueError(f'{", ".join(parts)} has no reference that could move')
+  surveyed = [name for name in parts if preference.is_surveyed(name)]
+  if len(surveyed) > 1:
+    raise ValueError(f'{" and ".join(surveyed)} each look at the whole batch; take one of them')
 
 
 def _flat_pairs(part: Batch) -> dict[str, jax.Array]:
@@ -208,7 +218,7 @@ def kto_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> Ob
     logps = target_logps(params, part['inputs'], part['targets'], c, policy)
     batch = {'policy': logps, 'ref': part['ref_logps'], 'mask': part['mask'],
              'label': part['label']}
-    per_row, valid = kto.kto(batch, part['row/z0'][0], **options)
+    per_row, valid = kto.kto(batch, part['row/z0'], **options)
     gap = jnp.where(part['mask'], jax.lax.stop_gradient(logps) - part['ref_logps'], 0)
     reward, liked = beta * jnp.sum(gap, axis=1), part['label'].astype(bool)
     return {'preference': (jnp.sum(per_row), 'rows')}, {

@@ -27,7 +27,9 @@ def init_state(
     params: dict, tx: optax.GradientTransformation, loss_state: dict | None = None
 ) -> TrainState:
   """Step 0 with a fresh optimizer state."""
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), loss_state or {})
+  # Moments are float32 whatever the parameters are kept in.
+  like = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(like), loss_state or {})
 
 
 def train_step(
@@ -66,7 +68,10 @@ def train_step(
       metrics |= {f'loss/{name}': Mean(v, share) for name, v in divided.items() if name != 'nll'}
     return loss, metrics | {'loss': Mean(loss, share)}
 
-  grad_of = jax.grad(loss_of, has_aux=True)
+  def grad_of(params, part):
+    grads, metrics = jax.grad(loss_of, has_aux=True)(params, part)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
   if micro_batches == 1:
     grads, metrics = grad_of(state.params, batch)
   else:
@@ -78,7 +83,7 @@ def train_step(
     first = jax.tree.map(lambda x: x[0], parts)
     _, shapes = jax.eval_shape(grad_of, state.params, first)
     # Gradients lie where their parameters lie; what is carried must be laid out alike.
-    zeros = (jax.tree.map(jnp.zeros_like, state.params),
+    zeros = (jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params),
              jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
     (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
 
@@ -86,6 +91,7 @@ def train_step(
   with jax.numpy_dtype_promotion('standard'):   # optax mixes floats with int32 counts
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+    moved = optax.apply_updates(state.params, updates)
   finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'].total)
 
   def keep(new, old):
@@ -98,7 +104,7 @@ def train_step(
       'nonfinite': Mean(1.0 - finite.astype(jnp.float32), one),
       'num_tokens': Mean(jnp.sum(batch['mask'], dtype=jnp.float32), one),
   }
-  params = keep(optax.apply_updates(state.params, updates), state.params)
+  params = keep(moved, state.params)
   return TrainState(
       state.step + 1, params, keep(opt_state, state.opt_state),
       keep(loss_state, state.loss_state)), metrics

@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
-from experiments import common_flags, data_flags, irpo, irpo_flags, sft_flags
+from experiments import common_flags, irpo, irpo_flags, lora_flags, rounds, sft_flags, world
 from jaxrl.data.tasks import TASKS, get_task
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
@@ -101,7 +101,7 @@ def test_irpo_spells_out_every_flag_of_the_method(task):
   parse(f'irpo_{task}.flags', *INPUTS)
   unused = {*irpo_flags.without_effect(), *MACHINE, *ROWS}
   silent = {
-      flag.name for module in (common_flags, data_flags, irpo_flags)
+      flag.name for module in set(irpo_flags.MODULES) - {lora_flags, world}
       for flag in FLAGS.get_flags_for_module(module) if not flag.present} - unused
   assert silent <= {'max_pairs'}   # no cap can only be said by silence
   assert ('max_pairs' in silent) == (PUBLISHED[task]['max_pairs'] is None)
@@ -189,7 +189,7 @@ def test_irpo_starts_on_the_real_files(task, model, tmp_path, monkeypatch):
     assert len(texts) == 8 and all('Final answer:' in text for text in texts)
     raise Started
 
-  monkeypatch.setattr(irpo, 'evaluation_stage', evaluate)
+  monkeypatch.setattr(rounds, 'evaluation_stage', evaluate)
   train, test = (SHARED / name for name in FILES[task])
   irpo_flags.parse([
       'irpo', f'--flagfile={FOLDER / f"irpo_{task}.flags"}', f'--run_dir={tmp_path / "run"}',

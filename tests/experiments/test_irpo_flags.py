@@ -7,7 +7,15 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import common_flags, data_flags, irpo_flags, lora_flags, world
+from experiments import (
+    common_flags,
+    data_flags,
+    irpo_flags,
+    lora_flags,
+    nll_flags,
+    rounds_flags,
+    world,
+)
 from jaxrl.errors import InputError
 from jaxrl.training.loop import NonFiniteError
 from tests.experiments import irpo_runs
@@ -201,5 +209,5 @@ def test_other_errors_keep_their_traceback():
 
 def test_modules_hold_all_flags():
   assert set(irpo_flags.MODULES) == {
-      common_flags, data_flags, irpo_flags, lora_flags, world}
+      common_flags, data_flags, irpo_flags, lora_flags, nll_flags, rounds_flags, world}
   assert all(not isinstance(f.value, float) or math.isfinite(f.value) for f in EVERY_FLAG.values())

@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
-from experiments import common_flags, irpo, irpo_flags, lora_flags, sft, sft_flags
+from experiments import common_flags, irpo_flags, lora_flags, rounds, sft, sft_flags
 from jaxrl.errors import InputError
 from jaxrl.models import decoder, lora, peft_folder
 from jaxrl.models.config import Experts, Lora
@@ -69,7 +69,7 @@ def start(patch, folder, inputs, *more):
     jax.tree.map(lambda spec, x: None, decoder_specs(session.model), params, is_leaf=is_spec)
     return {'greedy_accuracy': float(np.square(params['layers']['v']).mean())}
 
-  patch.setattr(irpo, 'greedy_accuracy', accuracy)
+  patch.setattr(rounds, 'greedy_accuracy', accuracy)
   return irpo_runs.run_here(
       Silence(), f'--run_dir={folder}', *inputs, *RUN, *LORA, '--iterations=2', '--dev_prompts=2',
       *more)

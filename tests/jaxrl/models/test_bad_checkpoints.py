@@ -13,8 +13,10 @@ import safetensors.numpy
 from etils import epath
 
 from jaxrl.errors import InputError
+from jaxrl.models import load as load_file
+from jaxrl.models import model_folder
 from jaxrl.models import params as params_lib
-from jaxrl.models.config import ModelConfig
+from jaxrl.models.config import Experts, ModelConfig
 from jaxrl.models.hugging_face import load_params, read_config, save_model
 
 GOOD = ModelConfig(
@@ -247,6 +249,84 @@ def test_values_too_large_for_the_type_are_an_error(folder):
   load(folder)
   with pytest.raises(InputError, match=f"'{Q1}' holds NaN or inf; expected .* finite as float16"):
     load_params(folder, GOOD, dtype=jnp.float16)
+
+
+FUSED = ModelConfig(
+    family='phi3', vocab_size=20, d_model=8, n_layers=2, n_heads=2, n_kv=1, d_head=4, d_mlp=12,
+    max_length=64)
+EXPERTS = ModelConfig(
+    family='mixtral', vocab_size=20, d_model=8, n_layers=2, n_heads=2, n_kv=1, d_head=4, d_mlp=12,
+    max_length=64, experts=Experts(3, 2))
+QKV1 = 'model.layers.1.self_attn.qkv_proj.weight'
+GATE_UP0 = 'model.layers.0.mlp.gate_up_proj.weight'
+W2 = 'model.layers.1.block_sparse_moe.experts.2.w2.weight'
+
+
+def put(name, at, value, dtype=np.float32):
+  def edit(tensors):
+    tensors[name] = tensors[name].astype(dtype)
+    tensors[name][at] = value
+  return edit
+
+
+# (model, change of its tensors, message)
+TENSOR_CASES = {
+    'NaN in the rows of v': (
+        FUSED, put(QKV1, (13, 2), np.nan), f"'{QKV1}' holds NaN or inf.*1 that are not in rows 12"),
+    'inf in up': (
+        FUSED, put(GATE_UP0, (23, 7), np.inf, ml_dtypes.bfloat16), f"'{GATE_UP0}' holds NaN"),
+    'a fused tensor that is too short': (
+        FUSED, lambda t: t.update({QKV1: t[QKV1][:-1].copy()}),
+        rf"'{QKV1}' has the wrong shape; expected \[16, 8\]; found \[15, 8\]"),
+    'a fused tensor missing': (FUSED, lambda t: t.pop(GATE_UP0), f"'{GATE_UP0}' is missing"),
+    'parts of a fused tensor': (
+        FUSED, lambda t: t.update({Q1: np.zeros((8, 8), np.float32)}),
+        f"'{Q1}' is not part of the model"),
+    'NaN in one expert': (EXPERTS, put(W2, (7, 11), np.nan), f"'{W2}' holds NaN or inf"),
+    'an expert missing': (EXPERTS, lambda t: t.pop(W2), f"'{W2}' is missing.*found 1 of them"),
+    'an expert too many': (
+        EXPERTS, lambda t: t.update({W2.replace('.2.', '.3.'): t[W2]}),
+        r'experts\.3\.w2.* is not part'),
+    'an expert of another width': (
+        EXPERTS, lambda t: t.update({W2: np.zeros((8, 10), np.float32)}),
+        rf"'{W2}' has the wrong shape; expected \[8, 12\]; found \[8, 10\]"),
+    'an expert in eight bits, with scales': (
+        EXPERTS, lambda t: t.update({
+            W2: t[W2].astype(ml_dtypes.float8_e4m3fn), W2 + '_scale_inv': np.ones(1, np.float32)}),
+        f"'{W2}' has an unsupported type; expected F32 or BF16 or F16; found F8_E4M3"),
+}
+
+
+@pytest.mark.parametrize('case', TENSOR_CASES)
+def test_bad_fused_tensors_and_experts(tmp_path, case):
+  c, change, message = TENSOR_CASES[case]
+  folder = tmp_path / 'model'
+  save_model(folder, params_of(c), c, tokenizer_from=None)
+  edit_tensors(folder, change)
+  with pytest.raises(InputError, match=message) as e:
+    load(folder)
+  assert str(folder) in str(e.value)
+
+
+def test_wrong_tensors_are_found_before_anything_is_compiled(folder, monkeypatch):
+  def refuse(*args, **kwargs):
+    raise AssertionError('a program was compiled')
+
+  monkeypatch.setattr(load_file, '_zeros', refuse)
+  monkeypatch.setattr(load_file, '_put', refuse)
+  with pytest.raises(AssertionError):
+    load(folder)
+  edit_tensors(folder, lambda t: t.pop(Q1))
+  with pytest.raises(InputError, match='missing'):
+    load(folder)
+
+
+def test_a_file_cut_short_while_it_is_read(folder, monkeypatch):
+  stored = model_folder.find_tensors(folder)
+  os.truncate(weights(folder), weights(folder).stat().st_size - 8)
+  monkeypatch.setattr(load_file, 'find_tensors', lambda _: stored)
+  with pytest.raises(InputError, match="the file ends before tensor '.*' does.*changed while"):
+    load(folder)
 
 
 CONFIG_CASES = {

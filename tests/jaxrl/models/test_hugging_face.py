@@ -68,8 +68,7 @@ def test_round_trip_is_byte_identical(tmp_path, family, name):
   assert files_of(tmp_path / 'out') == files_of(tmp_path / 'in')
   assert read_config(tmp_path / 'out') == c
   before, after = (json.loads((tmp_path / x / 'config.json').read_text()) for x in ('in', 'out'))
-  differing = {key for key in before if after.get(key) != before[key]}
-  assert not differing, {key: (before[key], after.get(key)) for key in differing}
+  assert after == dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')) | before
 
 
 @pytest.mark.parametrize('name', ['float32', 'bfloat16', 'float16'])
@@ -148,7 +147,7 @@ def test_saving_twice_gives_the_same_bytes(tmp_path, tiny_params):
 
 
 @pytest.mark.parametrize('family, sizes', [
-    ('llama', (8, 1, 1)), ('llama', (2, 2, 2)), ('phi3', (1, 8, 1)), ('qwen2', (1, 4, 2)),
+    ('llama', (2, 2, 2)), ('phi3', (1, 8, 1)), ('qwen2', (1, 4, 2)),
     ('mixtral', (1, 4, 2))])
 def test_a_model_on_a_mesh_is_exported_as_the_same_bytes(tmp_path, family, sizes):
   settings = dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
@@ -226,16 +225,15 @@ def test_token_ids_and_generation_settings_of_a_model_folder_win(tmp_path, tiny_
   assert json.loads((tmp_path / 'm' / 'config.json').read_text())['eos_token_id'] == [3, 5]
 
 
-def test_fields_that_we_do_not_write_are_kept_of_the_same_model_alone(tmp_path, tiny_params):
-  extra = {'_name_or_path': 'someone/model', 'transformers_version': '4.44.0',
-           'auto_map': {}, 'dtype': 'bfloat16'}
+def test_the_configuration_of_the_same_model_is_kept_as_it_is(tmp_path, tiny_params):
+  extra = {'transformers_version': '4.44.0', 'use_cache': False, 'auto_map': {},
+           'dtype': 'bfloat16'}
   source = write_tokenizer(tmp_path / 'source', **{
       'config.json': write_config(TINY) | extra | {'eos_token_id': 3}})
   save_model(tmp_path / 'm', tiny_params, TINY, tokenizer_from=source)
   config = json.loads((tmp_path / 'm' / 'config.json').read_text())
   assert config == write_config(TINY) | {
-      '_name_or_path': 'someone/model', 'transformers_version': '4.44.0', 'eos_token_id': 3,
-      'torch_dtype': 'float32', 'dtype': 'float32'}
+      'transformers_version': '4.44.0', 'eos_token_id': 3, 'use_cache': False, 'dtype': 'float32'}
   other = dataclasses.replace(TINY, norm_eps=1e-3)
   save_model(tmp_path / 'other', tiny_params, other, tokenizer_from=source)
   config = json.loads((tmp_path / 'other' / 'config.json').read_text())

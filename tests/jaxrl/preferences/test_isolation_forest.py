@@ -114,12 +114,14 @@ def test_paths_are_those_of_a_plain_recursion(pool, subsample):
   np.testing.assert_array_less(abs(ours - theirs.mean(axis=0)), 5 * errors + 1e-9)
 
 
-def test_slices_do_not_change_the_paths(monkeypatch):
-  """The same draws in one slice; the mean over 3000 trees where every node is its own."""
+@pytest.mark.parametrize('subsample', [256, 12])
+def test_slices_do_not_change_the_scores(monkeypatch, subsample):
+  """All nodes at a time, or one after another."""
   points = POOLS['sparse']
-  whole = isolation_scores(points, trees=3000, rng=rng())
+  whole = isolation_scores(points, trees=20, subsample=subsample, rng=rng())
   monkeypatch.setattr(isolation_forest, 'SLICE', 1)
-  np.testing.assert_allclose(isolation_scores(points, trees=3000, rng=rng()), whole, atol=0.025)
+  sliced = isolation_scores(points, trees=20, subsample=subsample, rng=rng())
+  np.testing.assert_array_equal(sliced, whole)
 
 
 def test_scores_rank_as_scikit_learn_has_them():
@@ -143,9 +145,9 @@ def test_the_seed_decides():
 def test_neighbouring_floats_are_split():
   """No float lies between the two extremes, so a threshold may round up to the higher one."""
   low = np.float32(1)
-  points = np.array([[low], [np.nextafter(low, np.float32(2))]], np.float32)
+  points = np.array([[low], [low], [np.nextafter(low, np.float32(2))]], np.float32)
   found = path_lengths(points, None, trees=50, limit=1, rng=rng())
-  np.testing.assert_array_equal(found, [50, 50])
+  np.testing.assert_array_equal(found, [100, 100, 50])
 
 
 def clusters_and_outliers(seed):

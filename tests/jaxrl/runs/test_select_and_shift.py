@@ -27,8 +27,8 @@ from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import LoopConfig
-from jaxrl.training.optimizer import OptimizerConfig
 from jaxrl.training.objectives import preference_objective
+from jaxrl.training.optimizer import OptimizerConfig
 
 LENGTHS = (16,)
 

@@ -3,14 +3,19 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxrl.data.batches import pair_arrays, sequence_arrays
+from jaxrl.data.batches import TokenRow, pair_arrays, sequence_arrays
 from jaxrl.models.params import param_shardings
 from jaxrl.parallel.mesh import make_mesh
+from jaxrl.training.logps import ComputePolicy
+from jaxrl.training.objectives import sft_objective
+from jaxrl.training.step import init_state, train_step
 from tests import tiny_training as tiny
-from tests.tiny_model import CONFIG
+from tests.tiny_model import CONFIG, QUICK, random_params
 
 ROWS = 16
 
@@ -74,3 +79,24 @@ def test_meshes_give_the_update_of_one_device(sizes, micro_batches):
       strict=True):
     assert leaf.sharding.is_equivalent_to(rests, leaf.ndim)
   assert step._cache_size() == before + 1, 'the second step finds the state laid out as the first'
+
+
+def test_bfloat16_parameters_keep_float32_moments_and_follow_the_float32_ones():
+  """Same first direction; what is lost is the rounding of the parameters themselves."""
+  tx = optax.scale_by_adam()
+  params = random_params()
+  batch = {key: jnp.asarray(x) for key, x in sequence_arrays(
+      [TokenRow([1, 2, 3], [4, 5, 6]), TokenRow([7], [8, 9])], (8,), 0).items()}
+  policy = ComputePolicy('float32', 8, False)
+  step = jax.jit(functools.partial(
+      train_step, objective=sft_objective(CONFIG, policy), tx=tx), compiler_options=QUICK)
+  wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), params)
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), wide)
+  rate = np.float32(0.05)
+  one, _ = step(init_state(wide, tx), batch, rate)
+  other, metrics = step(init_state(narrow, tx), batch, rate)
+  assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(other.params))
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(other.opt_state.mu))
+  assert metrics['nonfinite'].total == 0
+  for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True):
+    np.testing.assert_allclose(b.astype(jnp.float32), a, rtol=2**-7, atol=1e-3)

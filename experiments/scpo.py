@@ -1,0 +1,69 @@
+"""Self-Consistency Preference Optimization (Prasad et al. 2024, version 3): no gold answers.
+
+    for t = 1..T:
+      draw k responses per problem from M_{t-1}, which vote, and hotter ones, which do not
+      keep a problem where the top answer has a share tau of the votes
+      one pair: chosen, a response of the top answer; rejected, one whose answer has fewest votes
+      w = (votes of chosen - votes of rejected) / k
+      M_t = argmin w * (DPO + alpha * NLL(chosen) / length), from M_{t-1} with reference M_{t-1}
+
+`python -m experiments.scpo` runs it on the embedded world; `--model`, `--train` and `--test` on a
+checkpoint and problems of your own, of which those to train on need no answers. The same command
+again goes on where a run stopped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence, Set
+
+from absl import flags
+from etils import epath
+
+from experiments import common_flags, rounds, rounds_flags, scpo_flags, scpo_table
+from experiments.rounds import Method, PairRows, Round
+from experiments.scpo_flags import ScpoConfig
+from jaxrl.preferences.irpo import cap
+from jaxrl.preferences.scpo import VoteConfig, build_vote_pairs
+from jaxrl.runs.problem_set import ProblemSet
+from jaxrl.runs.session import PAIR_STREAM, Session
+
+FLAGS = flags.FLAGS
+for module in scpo_flags.MODULES:
+  flags.adopt_module_key_flags(module)
+
+
+def labelled(ids: Sequence[str]) -> Set[str]:
+  """The training problems whose gold answers are used: a share of all, chosen uniformly."""
+  return set(cap(ids, round(FLAGS.labelled_fraction * len(ids)), FLAGS.seed))
+
+
+def method(config: ScpoConfig, session: Session, train: ProblemSet, path: epath.Path) -> Method:
+  """ScPO on the training problems."""
+  del session, path
+  ids = labelled(list(train.problems))
+
+  def pair(this: Round, samples: Sequence[Mapping]) -> PairRows:
+    return build_vote_pairs(samples, ids, VoteConfig(
+        config.samples_per_prompt, config.tau_fractions[this.iteration - 1],
+        FLAGS.allow_unparsed_rejected, FLAGS.weighted, FLAGS.max_pairs, rounds_flags.longest_row(),
+        this.seed(PAIR_STREAM)))
+
+  return Method(
+      'scpo', config.loss, config.loss_options, pair,
+      needs='prompts whose samples agree by --tau_fraction, but not all of them',
+      fix='Lower --tau_fraction, raise --extra_samples or --extra_temperature, or use another model '
+          'or other prompts',
+      extra_temperatures=config.extra_temperatures)
+
+
+def main(argv) -> None:
+  del argv
+  config = scpo_flags.check()
+  rounds.run('runs/scpo', config, scpo_flags.effective(), functools.partial(method, config),
+             functools.partial(scpo_table.show, voters=config.samples_per_prompt),
+             labelled=labelled)
+
+
+if __name__ == '__main__':
+  common_flags.run(main, scpo_flags.parse)
