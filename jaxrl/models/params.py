@@ -7,12 +7,10 @@ Initialisation, shardings, abstract shapes for restore and checkpoint names all 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxrl.models.config import ModelConfig
@@ -140,14 +138,3 @@ def abstract_params(c: ModelConfig, mesh: Mesh, dtype=jnp.float32) -> dict:
 def count_params(c: ModelConfig) -> int:
   leaves = jax.tree.leaves(decoder_specs(c), is_leaf=is_spec)
   return sum(math.prod(s.shape) for s in leaves)
-
-
-def identity(params: Params) -> str:
-  """Hex digest of names, shapes, dtypes and bytes: the same values always give the same string."""
-  digest = hashlib.sha256()
-  for path, leaf in sorted(
-      (jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(params)):
-    array = np.asarray(leaf)
-    digest.update(f'{path} {array.shape} {array.dtype}\n'.encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-  return digest.hexdigest()[:32]

@@ -159,7 +159,7 @@ def test_a_model_on_a_mesh_is_exported_as_the_same_bytes(tmp_path, family, sizes
   assert len(params['embedding'].sharding.device_set) == 8
   save_model(tmp_path / 'out', params, c, tokenizer_from=None, like=tmp_path / 'm')
   assert files_of(tmp_path / 'out') == files_of(tmp_path / 'm')
-  assert identity(params) == params_lib.identity(load_params(tmp_path / 'm', c))
+  assert identity(params) == identity(load_params(tmp_path / 'm', c))
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_an_error(tmp_path):
@@ -176,7 +176,7 @@ def test_old_frequency_tables_and_a_copy_of_the_tied_head_are_accepted(tmp_path,
   tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(3, np.float32)
   tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
   safetensors.numpy.save_file(tensors, file)
-  assert params_lib.identity(load_params(tmp_path / 'm', TINY)) == params_lib.identity(tiny_params)
+  assert identity(load_params(tmp_path / 'm', TINY)) == identity(tiny_params)
 
 
 def test_linked_files_are_followed(tmp_path, tiny_params):

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl.models import params as params_lib
 from jaxrl.models.config import ModelConfig
+from jaxrl.models.identity import identity
 from jaxrl.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
@@ -55,12 +56,12 @@ def test_abstract_params_describe_the_real_ones(params):
 
 
 def test_identity_follows_the_values_only(params):
-  name = params_lib.identity(params)
-  assert name == params_lib.identity(jax.tree.map(np.asarray, params))
+  name = identity(params)
+  assert name == identity(jax.tree.map(np.asarray, params))
   mesh = make_mesh(fsdp=8)
   spread = jax.device_put(params, params_lib.param_shardings(CONFIG, mesh))
-  assert name == params_lib.identity(spread)
+  assert name == identity(spread)
   changed = dict(params, final_norm=params['final_norm'].at[5].set(np.nextafter(
       np.float32(1), np.float32(2))))
-  assert name != params_lib.identity(changed)
-  assert name != params_lib.identity(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+  assert name != identity(changed)
+  assert name != identity(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))

@@ -9,7 +9,8 @@ import pytest
 from etils import epath
 
 from jaxrl.data.batches import pair_arrays, shuffled_batches
-from jaxrl.models.params import identity, param_shardings
+from jaxrl.models.identity import identity
+from jaxrl.models.params import param_shardings
 from jaxrl.runs.folder import open_run
 from jaxrl.runs.metrics import MetricsLog, read_metrics
 from jaxrl.runs.progress import Progress

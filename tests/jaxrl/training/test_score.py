@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl.data.batches import TokenRow
-from jaxrl.models import params as params_lib
 from jaxrl.models.decoder import forward, output_matrix
+from jaxrl.models.identity import identity as params_identity
 from jaxrl.models.params import param_shardings
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.runs.process import count_programs
@@ -121,15 +121,15 @@ def test_identity_changes_with_everything_the_log_probs_depend_on():
 
 def test_the_identity_of_parameters_changes_with_any_of_them():
   params = random_params()
-  seen = {params_lib.identity(params), params_lib.identity(jax.tree.map(
+  seen = {params_identity(params), params_identity(jax.tree.map(
       lambda x: x.astype(jnp.bfloat16), params))}
   leaves, tree = jax.tree.flatten(params)
   for n, leaf in enumerate(leaves):
     changed = leaf.copy()
     changed.flat[-1] = np.nextafter(changed.flat[-1], np.float32(9))
-    seen.add(params_lib.identity(jax.tree.unflatten(tree, [*leaves[:n], changed, *leaves[n + 1:]])))
+    seen.add(params_identity(jax.tree.unflatten(tree, [*leaves[:n], changed, *leaves[n + 1:]])))
   assert len(seen) == len(leaves) + 2
-  assert params_lib.identity(jax.tree.map(jnp.asarray, params)) == params_lib.identity(params)
+  assert params_identity(jax.tree.map(jnp.asarray, params)) == params_identity(params)
 
 
 def test_a_stream_gives_the_same_a_window_at_a_time(expected):

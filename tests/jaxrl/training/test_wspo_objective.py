@@ -1,4 +1,4 @@
-"""WSPO on tiny models: the strong log-ratio becomes the weak one over gamma, however it is split."""
+"""WSPO on tiny models: the strong log-ratio becomes the weak one over gamma, however split."""
 
 import dataclasses
 import functools
