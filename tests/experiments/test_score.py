@@ -227,6 +227,20 @@ def test_devices_do_not_matter(model, tmp_path):
     np.testing.assert_allclose(a['logprobs'], b['logprobs'], rtol=1e-5)
 
 
+@pytest.mark.parametrize('storage', ['bfloat16', 'int8'])
+def test_weights_may_be_stored_narrow(storage, model, tmp_path):
+  """Other log-probs than those of float32, and close ones; an adapter does not go on int8."""
+  rows = [{'prompt': 'abc', 'response': 'de'}, {'prompt': 'a', 'response': 'bcd'}]
+  exact = scored(model, rows, tmp_path)
+  found = scored(model, rows, tmp_path, f'--storage={storage}')
+  gap = max(np.abs(np.subtract(a['logprobs'], b['logprobs'])).max()
+            for a, b in zip(exact, found, strict=True))
+  assert 0 < gap < 0.05
+  refused = run(f'--model={model}', f'--data={tmp_path}/x', f'--output={tmp_path}/y.jsonl',
+                '--storage=int8', f'--adapter={tmp_path}')
+  assert refused.status == 2 and 'adapter' in refused.stderr
+
+
 def test_an_adapter_beside_the_model(model, tmp_path):
   """The log-probs of the merged model; those of the model itself are others."""
   c = read_config(model)
