@@ -1,8 +1,8 @@
 """WSPO on the embedded world over several seeds and values of gamma, with verdicts.
 
-`python -m experiments.wspo_claims --seeds=0,1,2 --gammas=0.5,0.1,1` runs `experiments.wspo` once per
-seed with its world and models, at the first gamma; the other values start from the same models and
-learn from the same responses. It prints what the paper claims beside what is seen; verdicts are
+`python -m experiments.wspo_claims --seeds=0,1,2 --gammas=0.5,0.1,1` runs `experiments.wspo` once
+per seed with its world and models, at the first gamma; the other values start from the same models
+and learn from the same responses. It prints what the paper claims beside what is seen; verdicts are
 computed from the run folders. Every run resumes; the same command again goes on where it stopped.
 The folder is --output, by default runs/wspo_claims.
 """

@@ -2,7 +2,7 @@
 
 Stages, all inside the run folder: the strong model's SFT as in every experiment (world/, seed/),
 the weak model's (weak/model), `experiments.irpo` on the weak model in a run folder of its own
-(weak/irpo), and the pairs it was aligned with, one per prompt, as a preference file.
+(weak/irpo), and the pairs it was first aligned with as a preference file.
 """
 
 from __future__ import annotations
@@ -130,9 +130,10 @@ def align_stage(session: Session, folder: epath.Path, base: epath.Path) -> epath
 
 
 def preference_stage(session: Session, folder: epath.Path) -> epath.Path:
-  """Stage 'weak/preferences': one pair per prompt of the first iteration, as a preference file.
+  """Stage 'weak/preferences': the pairs of the first iteration as a preference file.
 
-  These are the weak base's own responses, a right and a wrong one to each problem that has both.
+  These are the weak base's own responses, right and wrong ones to each problem that has both. A
+  response of several pairs is learned from once.
   """
 
   def produce(scratch: epath.Path) -> dict:
@@ -144,11 +145,11 @@ def preference_stage(session: Session, folder: epath.Path) -> epath.Path:
         for row in tables.read_table(first / 'samples.parquet', tables.SAMPLES).to_pylist()}
     lines = [
         json.dumps({
-            'id': row['prompt_id'], 'prompt': questions[row['prompt_id']],
+            'id': f'{row["prompt_id"]}/{row["pair_index"]}',
+            'prompt': questions[row['prompt_id']],
             'chosen': responses[row['prompt_id'], row['chosen_index']],
             'rejected': responses[row['prompt_id'], row['rejected_index']]})
-        for row in tables.read_table(first / 'pairs.parquet', tables.PAIRS).to_pylist()
-        if row['pair_index'] == 0]
+        for row in tables.read_table(first / 'pairs.parquet', tables.PAIRS).to_pylist()]
     (scratch / 'preferences.jsonl').write_text('\n'.join(lines) + '\n')
     return {'pairs': len(lines)}
 

@@ -64,6 +64,8 @@ def made(tmp_path_factory):
   (base / 'pairs.jsonl').write_text('\n'.join(json.dumps({
       'id': f'p{n}', 'prompt': f'Ana has {n}.', 'chosen': f'{n} apples',
       'rejected': f'{n + 1} pears'}) for n in range(24)))
+  small_model.write_problems(base / 'test.jsonl', [
+      {'id': str(n), 'question': f'Ana has {n}.', 'answer': str(n)} for n in range(6)])
   return Files(pathlib.Path(base))
 
 
@@ -90,7 +92,8 @@ def metrics(folder, stage):
 
 @pytest.fixture(scope='module')
 def finished(made):
-  run(*made.given(held_out_prompts=4), *SMALL)
+  run(*made.given(held_out_prompts=4, test=made.base / 'test.jsonl'), *SMALL, '--task=world',
+      '--max_prompt_length=40', '--max_new_tokens=8', '--slots=8')
   return made.base / 'run'
 
 
@@ -101,8 +104,10 @@ def logps(folder, name):
 
 def test_a_run_stores_log_ratios_and_follows_them(finished):
   stages = read_manifest(finished)
-  assert list(stages) == ['inputs'] + [f'iteration_01/{name}' for name in (
-      'responses', 'weak_base', 'weak_aligned', 'reference_logps', 'train', 'trained', 'follow')]
+  own = ('responses', 'weak_base', 'weak_aligned', 'reference_logps', 'train', 'trained', 'follow')
+  assert list(stages) == [
+      'inputs', *(f'iteration_01/{name}' for name in own),
+      *(f'{place}/evaluation' for place in wspo_table.MODELS.values())]
   assert stages['iteration_01/responses'].counts['train'] == 20
   gaps = [a - b for a, b in zip(logps(finished, 'weak_aligned'), logps(finished, 'weak_base'))]
   rows = tables.read_table(
@@ -120,25 +125,24 @@ def test_a_run_stores_log_ratios_and_follows_them(finished):
   assert losses[-1] < losses[0]
 
 
-def test_a_finished_run_is_read_again_and_a_changed_weak_model_is_refused(made, finished, tmp_path):
-  copy = tmp_path / 'run'
-  shutil.copytree(finished, copy)
-  again = made.given(held_out_prompts=4, run_dir=copy)
-  run(*again, *SMALL)
-  # Flags and files are the same, but one weak model was replaced where it lay.
+def test_a_finished_run_is_read_again_and_a_changed_weak_model_is_refused(made, tmp_path):
   weak = tmp_path / 'weak_aligned'
   weak.symlink_to(made.base / 'weak_aligned')
-  moved = made.given(held_out_prompts=4, run_dir=tmp_path / 'other', weak_aligned=weak)
-  run(*moved, *SMALL)
+  again = made.given(run_dir=tmp_path / 'run', weak_aligned=weak)
+  run(*again, *SMALL)
+  before = read_manifest(tmp_path / 'run')
+  run(*again, *SMALL)
+  assert read_manifest(tmp_path / 'run') == before
+  # The same flags, but one weak model was replaced where it lay.
   weak.unlink()
   write_model(epath.Path(weak), WEAK, epath.Path(made.base / 'tokenizer'), 9)
   with pytest.raises(InputError, match='computed for something else'):
-    run(*moved, *SMALL)
+    run(*again, *SMALL)
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (('--gamma=0',), 'gamma'), (('--weak_accuracy=0.5',), 'no embedded world'),
-    (('--slots=8',), 'no --test'), (('--nll_alpha=2',), 'another experiment'),
+    (('--slots=8',), 'no --test'), (('--beta=0.2',), 'another experiment'),
     (('--held_out_prompts=24',), 'no prompt would be left'),
     (('--max_length=12',), 'too long')])
 def test_flags_that_cannot_be_used_are_refused(files, arguments, message):
@@ -220,6 +224,11 @@ def test_the_slope_is_one_over_gamma_where_the_error_is_zero():
   assert found['ratio'] == found['ratio_expected'] == 4
   assert (found['weak_gap_max'], found['weak_gap'], found['strong_gap']) == (2, 0.5, 2)
   assert found['error_at_start'] == wspo.follow([0 * w for w in weak], weak, 0.25)['error']
+
+
+def test_every_model_answers_the_same_problems(finished):
+  answers = wspo_table.greedy(finished)
+  assert [len(by_problem) for by_problem in answers.values()] == [6] * 4
 
 
 def test_answers_are_compared_problem_by_problem():
