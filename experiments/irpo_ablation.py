@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, irpo_flags, output_flag
+from experiments import claims_flags, common_flags, irpo_flags, output_flag
 from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import Estimate, mean_estimate, paired_difference
 from jaxrl.runs.manifest import read_manifest
@@ -27,22 +27,20 @@ from jaxrl.runs.tables import EVALUATION, read_table
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(output_flag)
+flags.adopt_module_key_flags(claims_flags)
 DEFAULT_OUTPUT = 'runs/irpo_ablation'      # folder of the runs and summary.json
-SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the world, the model and the draws.')
-EXTRA = flags.DEFINE_multi_string(
-    'with_flag', [], 'A flag for every run, as --with_flag=--iterations=1; may be repeated.')
 
 VARIANTS = ('with NLL', 'without NLL')
 
 
-def start_run(folder: epath.Path, arguments: list[str]) -> None:
-  """One `experiments.irpo` in its own process; its output is shown as it comes.
+def start_run(folder: epath.Path, arguments: list[str], experiment: str = 'irpo') -> None:
+  """One `experiments.EXPERIMENT` in its own process; its output is shown as it comes.
 
   Raises:
     InputError: the run ended with an error.
   """
-  command = [sys.executable, '-m', 'experiments.irpo', f'--run_dir={folder}', *arguments,
-             *EXTRA.value]
+  command = [sys.executable, '-m', f'experiments.{experiment}', f'--run_dir={folder}', *arguments,
+             *FLAGS.with_flag]
   print('$', ' '.join(command[1:]), flush=True)
   if (status := subprocess.run(command).returncode) != 0:
     raise InputError('a run failed', where=folder, expected='exit status 0', found=status,
@@ -151,11 +149,13 @@ def _shift_text(seeds: list[dict], variant: str) -> str:
 
 def main(argv) -> None:
   del argv
+  common_flags.refuse(FLAGS.with_world_flag != [], 'with_world_flag',
+                      'every run makes its own world: --with_flag reaches it')
   try:
-    seeds = [int(seed) for seed in SEEDS.value]
+    seeds = [int(seed) for seed in FLAGS.seeds]
   except ValueError:
     raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
-                     found=','.join(SEEDS.value)) from None
+                     found=','.join(FLAGS.seeds)) from None
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
   folders: dict[int, dict[str, epath.Path]] = {}
   for seed in seeds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxrl.evaluation.statistics import paired_difference
 from jaxrl.runs.evaluation_stage import read_evaluation
@@ -56,7 +56,7 @@ ANSWERS: tuple[Titled, ...] = (
 
 def show(
     session: Session, table: list[dict[str, str]], *, name: str = 'IRPO',
-    results: tuple[Titled, ...] = ANSWERS,
+    results: Sequence[Titled] = ANSWERS,
 ) -> None:
   """Prints the tables and the paired difference between the last model and the first.
 

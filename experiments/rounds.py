@@ -87,6 +87,7 @@ class Method:
     ask: round -> the problems that are asked.
     trains_held_out: --dev_prompts join in once they have decided on the number of steps; else they
       are never trained on.
+    measure: a further stage after the evaluation of M_t, called with the session and t.
   """
 
   name: str
@@ -99,6 +100,7 @@ class Method:
   extra_temperatures: tuple[float, ...] = ()
   ask: Callable[[Round], ProblemSet] = lambda this: this.train
   trains_held_out: bool = False
+  measure: Callable[[Session, int], object] = lambda session, t: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +117,13 @@ class Machinery:
   lengths: tuple[int, ...]    # that rows are padded to
 
 
-def evaluate(made: Machinery, t: int, model: Model) -> None:
+def evaluate(made: Machinery, method: Method, t: int, model: Model) -> None:
   """Greedy and majority accuracy of M_t, and the report of all that is finished."""
   seed = made.session.stream_seed(t, sessions.VOTE_STREAM)
   evaluation_stage(made.session, t, made.engine, model, Evaluation(
       made.test.problems, made.test.prompts, made.config.rule, FLAGS.votes, FLAGS.vote_temperature,
       seed))
+  method.measure(made.session, t)
   write_report(made.session.run.folder)
 
 
@@ -222,6 +225,7 @@ def read_problems(
 def iterate(
     session: Session, config: RoundsConfig, make_method: MakeMethod, start: epath.Path,
     paths: Mapping[str, epath.Path], labelled: Labelled | None,
+    world_writing: world.Writing | None,
 ) -> None:
   """Every iteration, from the model folder `start`; `paths` names the problem files by split."""
   lengths = common_flags.length_buckets(rounds_flags.longest_row())
@@ -234,7 +238,9 @@ def iterate(
       pad_id=session.tokenizer.pad_id)
   sets = read_problems(session, config, paths, labelled)
   if FLAGS.model is None:
-    start = world.seed_stage(session, start.parent, engine, config.rule, sets['dev'], lengths)
+    # Rows of writing are longer than any others.
+    seed_lengths = lengths + ((world_writing.longest - 1,) if world_writing else ())
+    start = world.seed_stage(session, start.parent, engine, config.rule, sets['dev'], seed_lengths)
   start = lora_flags.start_from(session, start)
   train = sets['train']
   method = make_method(session, train, paths['train'])
@@ -252,22 +258,24 @@ def iterate(
   made = Machinery(session, config, engine, trainer, train, sets['test'], held_out, lengths)
 
   model = sessions.load_model(session, start)
-  evaluate(made, 0, model)
+  evaluate(made, method, 0, model)
   for t in range(1, config.iterations + 1):
     pairs = make_pairs(made, method, t, model)
     model = train_next(made, method, t, model, pairs)
-    evaluate(made, t, model)
+    evaluate(made, method, t, model)
 
 
 def run(
     folder: str, config: RoundsConfig, effective: Mapping[str, str], make_method: MakeMethod,
     show: Callable[[Session], None], *, labelled: Labelled | None = None,
+    world_writing: world.Writing | None = None,
 ) -> None:
   """A whole run in --run_dir, else in `folder`; `show` prints its tables at the end.
 
   `effective` are the flags to record. `make_method(session, train problems, their file)` may
   refuse them. `labelled` takes the ids of training problems to those whose gold answers are used,
-  by default all.
+  by default all. In the embedded world `world_writing` is what the seed model learns of writing
+  problems.
   """
   keep_pages()
   programs = count_programs()
@@ -278,7 +286,7 @@ def run(
                 free_flags=common_flags.FREE_FLAGS) as opened, \
        jax.set_mesh(mesh):
     if FLAGS.model is None:
-      problems = world.world_stage(opened, FLAGS.seed)
+      problems = world.world_stage(opened, FLAGS.seed, world_writing)
       start = problems / 'start'
       paths = {split: problems / f'{split}.jsonl' for split in ('train', 'test', 'dev')}
     else:
@@ -289,7 +297,7 @@ def run(
       session = Session(opened, metrics, progress, mesh, model, tokenizer,
                         common_flags.compute_policy(), FLAGS.seed, programs,
                         FLAGS.param_dtype)
-      iterate(session, config, make_method, start, paths, labelled)
+      iterate(session, config, make_method, start, paths, labelled, world_writing)
       show(session)
     progress.line(f'{programs()} programs compiled, peak memory {peak_memory() / 2**30:.2f} GiB; '
                   f'report: {opened.folder / "report.html"}')

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import common_flags, nll_flags, rounds_flags
+from experiments import common_flags, data_flags, nll_flags, rounds_flags
 from experiments.rounds_flags import RoundsConfig
+from jaxrl.data.tasks import Task
 from jaxrl.errors import InputError
 
 FLAGS = flags.FLAGS
@@ -29,6 +30,15 @@ flags.DEFINE_float('labelled_fraction', 0.0, 'Share of the training problems who
                    upper_bound=1.0)
 flags.DEFINE_string('answer_marker', None, 'What stands before the final answer of a response; '
                     'default: the task\'s, "Final answer:".')
+flags.DEFINE_list('num_generated', ['0'], 'New problems that the model is asked to write, per '
+                  'iteration; the last repeats.')
+flags.DEFINE_integer('few_shot', 4, 'Training questions that it sees for each.', lower_bound=1)
+flags.DEFINE_float('new_problem_temperature', 0.7, 'Temperature at which it writes.')
+flags.DEFINE_integer('max_new_problem', 256, 'Longest new problem, in ids.', lower_bound=1)
+flags.DEFINE_integer('max_writer_prompt', 1024, 'Longest prompt of few-shot questions, in ids; '
+                     'longer ones are left out.', lower_bound=1)
+flags.DEFINE_float('world_writer_share', 0.0, 'Examples of writing that the seed model is trained '
+                   'on, as a share of --world_sft.', lower_bound=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +47,8 @@ class ScpoConfig(RoundsConfig):
 
   tau_fractions: tuple[float, ...]   # per iteration
   extra_temperatures: tuple[float, ...]
+  num_generated: tuple[int, ...]     # per iteration
+  task: Task
   loss: str
   loss_options: dict
 
@@ -51,6 +63,12 @@ def without_effect() -> dict[str, str]:
   idle = rounds_flags.without_effect()
   if FLAGS.extra_samples == 0:
     idle['extra_temperature'] = '--extra_samples=0'
+  if set(FLAGS.num_generated) == {'0'}:
+    idle |= dict.fromkeys(
+        ('few_shot', 'new_problem_temperature', 'max_new_problem', 'max_writer_prompt',
+         'world_writer_share'), '--num_generated=0')
+  if FLAGS.model is not None:
+    idle['world_writer_share'] = '--model is given, so there is no embedded world'
   return idle
 
 
@@ -71,12 +89,24 @@ def check() -> ScpoConfig:
   if FLAGS.extra_samples and FLAGS.extra_temperature <= 0:
     raise InputError('all extra samples would be the same', where='--extra_temperature',
                      expected='a number > 0', found=FLAGS.extra_temperature)
+  counts = common_flags.numbers('num_generated', FLAGS.iterations)
+  if not all(count >= 0 and count == int(count) for count in counts):
+    raise InputError('a number of problems is out of range', where='--num_generated',
+                     expected='whole numbers of at least 0', found=FLAGS.num_generated)
+  if any(counts) and FLAGS.new_problem_temperature <= 0:
+    raise InputError('equal prompts would give equal problems', where='--new_problem_temperature',
+                     expected='a number > 0', found=FLAGS.new_problem_temperature)
+  task = data_flags.task()
+  if any(counts) and task.choices_field is not None:
+    raise InputError('problems with options cannot be written', where='--num_generated',
+                     expected=f'0 with --task={task.name}', found=FLAGS.num_generated)
   if FLAGS.answer_marker is not None and not FLAGS.answer_marker.strip():
     raise InputError('the marker is empty', where='--answer_marker', expected='some text',
                      found=repr(FLAGS.answer_marker))
-  if FLAGS.labelled_fraction == 1:
+  if FLAGS.labelled_fraction == 1 and not any(counts):
     raise InputError('nothing would be voted on', where='--labelled_fraction',
-                     expected='a number below 1', found=FLAGS.labelled_fraction,
+                     expected='a number below 1, or --num_generated',
+                     found=FLAGS.labelled_fraction,
                      fix='With gold for all problems use experiments.irpo')
   # alpha = 0 leaves no NLL term at all: the loss is weighted DPO, not that plus a zero.
   loss = 'scpo' if FLAGS.nll_alpha else 'dpo'
@@ -86,8 +116,8 @@ def check() -> ScpoConfig:
     rule = dataclasses.replace(rule, marker=FLAGS.answer_marker)
   return ScpoConfig(
       **vars(config) | {'rule': rule}, tau_fractions=taus,
-      extra_temperatures=(FLAGS.extra_temperature,) * FLAGS.extra_samples, loss=loss,
-      loss_options=options)
+      extra_temperatures=(FLAGS.extra_temperature,) * FLAGS.extra_samples,
+      num_generated=tuple(map(int, counts)), task=task, loss=loss, loss_options=options)
 
 
 def effective() -> dict[str, str]:

@@ -6,8 +6,10 @@ model trained on written-out solutions until its greedy accuracy on dev problems
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -15,11 +17,12 @@ from etils import epath
 
 from experiments import common_flags
 from jaxrl.data.batches import TokenRow, sequence_arrays, shuffled_batches
-from jaxrl.data.world import SPLITS, problems
+from jaxrl.data.world import SPLITS, WorldProblem, problems
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
 from jaxrl.models.params import init_params
+from jaxrl.preferences.new_problems import WORLD_WRITER, choose_examples, writer_prompt
 from jaxrl.rewards.checking import AnswerRule
 from jaxrl.runs.evaluation_stage import greedy_accuracy
 from jaxrl.runs.problem_set import ProblemSet
@@ -66,7 +69,27 @@ def tiny_config(vocab_size: int) -> ModelConfig:
       d_mlp=384, max_length=256, tie_embeddings=True)
 
 
-def write_world(folder: epath.Path, seed: int) -> dict:
+@dataclasses.dataclass(frozen=True)
+class Writing:
+  """What the seed model learns of writing problems, beside solving them."""
+
+  share: float                # examples of it, as a share of the worked solutions
+  few_shot: int               # questions in the prompt, after which one more is written
+  longest: int                # ids of prompt and response together
+
+
+def writing_rows(made: Sequence[WorldProblem], writing: Writing, seed: int) -> list[dict]:
+  """Rows of sft.jsonl whose question shows a few problems and whose solution is one more."""
+  count = round(writing.share * len(made))
+  rows = []
+  for n, chosen in enumerate(choose_examples(count, len(made), writing.few_shot + 1, seed)):
+    *shown, last = (made[i].question for i in chosen)
+    rows.append({'id': f'write-{n:05d}', 'question': writer_prompt(shown, WORLD_WRITER),
+                 'answer': '', 'solution': last})
+  return rows
+
+
+def write_world(folder: epath.Path, seed: int, writing: Writing | None = None) -> dict:
   """Writes SPLIT.jsonl (id, question, answer; `solution` in sft only) and `start/`.
 
   `start/` is a Hugging Face folder with the tiny tokenizer and random weights.
@@ -84,6 +107,8 @@ def write_world(folder: epath.Path, seed: int) -> dict:
         row['solution'] = p.reasoning
         texts += [p.question, p.reasoning]
       rows.append(json.dumps(row))
+    if split == 'sft' and writing is not None:
+      rows += map(json.dumps, writing_rows(made, writing, seed))
     (folder / f'{split}.jsonl').write_text('\n'.join(rows) + '\n')
     counts[split] = len(made)
   tokenizer = folder / 'tokenizer.partial'
@@ -95,10 +120,10 @@ def write_world(folder: epath.Path, seed: int) -> dict:
   return counts
 
 
-def world_stage(run: Run, seed: int) -> epath.Path:
+def world_stage(run: Run, seed: int, writing: Writing | None = None) -> epath.Path:
   """Stage 'world/problems'; returns the folder with the problems and the untrained model."""
   outputs = (*FILES, 'world/start')
-  run.stage('world/problems', outputs, lambda scratch: write_world(scratch, seed))
+  run.stage('world/problems', outputs, lambda scratch: write_world(scratch, seed, writing))
   for output in outputs:
     run.path('world/problems', output)
   return run.folder / 'world'

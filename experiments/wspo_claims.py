@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, output_flag, wspo_flags
+from experiments import claims_flags, common_flags, output_flag, wspo_flags
 from experiments.wspo_table import compare, greedy, points
 from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import mean_estimate
@@ -25,17 +25,11 @@ from jaxrl.runs.manifest import read_manifest
 from jaxrl.runs.progress import Progress
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(output_flag)
+for module in (claims_flags, output_flag):
+  flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/wspo_claims'        # folder of the runs and summary.json
-SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the world, the models and the draws.')
 GAMMAS = flags.DEFINE_list('gammas', ['0.5', '0.1', '1'], 'Values of gamma; the claims on accuracy '
                            'are about the first.')
-EXTRA = flags.DEFINE_multi_string(
-    'with_flag', [], 'A flag for every run, as --with_flag=--epochs=2; may be repeated. Flags of '
-    'the embedded world itself go with --with_world_flag.')
-WORLD_EXTRA = flags.DEFINE_multi_string(
-    'with_world_flag', [], 'A flag for the runs that make a world, as '
-    '--with_world_flag=--world_test=100; may be repeated.')
 
 
 def start_run(folder: epath.Path, arguments: Sequence[str]) -> None:
@@ -45,7 +39,7 @@ def start_run(folder: epath.Path, arguments: Sequence[str]) -> None:
     InputError: the run ended with an error.
   """
   command = [sys.executable, '-m', 'experiments.wspo', f'--run_dir={folder}', *arguments,
-             *EXTRA.value]
+             *FLAGS.with_flag]
   print('$', ' '.join(command[1:]), flush=True)
   if (status := subprocess.run(command).returncode) != 0:
     raise InputError('a run failed', where=folder, expected='exit status 0', found=status,
@@ -57,7 +51,7 @@ def run_all(output: epath.Path, seeds: Sequence[int], gammas: Sequence[float]) -
   folders: dict[int, dict[float, epath.Path]] = {}
   for seed in seeds:
     first = output / f'seed_{seed}_gamma_{gammas[0]:g}'
-    start_run(first, [f'--seed={seed}', f'--gamma={gammas[0]:g}', *WORLD_EXTRA.value])
+    start_run(first, [f'--seed={seed}', f'--gamma={gammas[0]:g}', *FLAGS.with_world_flag])
     folders[seed] = {gammas[0]: first}
     aligned = sorted((first / 'weak' / 'irpo').glob('iteration_*/model'))[-1]
     for gamma in gammas[1:]:
@@ -156,15 +150,15 @@ def show(summary: Mapping) -> None:
 def main(argv) -> None:
   del argv
   try:
-    seeds = [int(seed) for seed in SEEDS.value]
+    seeds = [int(seed) for seed in FLAGS.seeds]
     gammas = [float(gamma) for gamma in GAMMAS.value]
   except ValueError:
     raise InputError('the list cannot be read', where='--seeds, --gammas', expected='numbers',
-                     found=','.join([*SEEDS.value, *GAMMAS.value])) from None
+                     found=','.join([*FLAGS.seeds, *GAMMAS.value])) from None
   if not seeds or not gammas or len({*seeds}) < len(seeds) or len({*gammas}) < len(gammas):
     raise InputError('the list cannot be used', where='--seeds, --gammas',
                      expected='at least one number, each once',
-                     found=','.join([*SEEDS.value, *GAMMAS.value]))
+                     found=','.join([*FLAGS.seeds, *GAMMAS.value]))
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
   summary = summarise(run_all(output, seeds, gammas))
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))

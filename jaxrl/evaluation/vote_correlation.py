@@ -22,11 +22,13 @@ def somers_d(votes: Sequence[int], right: Sequence[bool]) -> float | None:
     raise ValueError(f'need one verdict per response; found {len(votes)} and {len(right)}')
   if len(set(right)) < 2:
     return None
+  if len(set(votes)) < 2:
+    return 0.0                 # scipy gives nan
   return float(stats.somersd([int(r) for r in right], list(votes)).statistic)
 
 
 def vote_correlation(scores: Sequence[Mapping]) -> float | None:
-  """`somers_d` over score rows of the responses that voted; those without a verdict are left out."""
+  """`somers_d` over score rows of responses that voted; those without a verdict are left out."""
   judged = [row for row in scores if row['verdict'] not in (
       Verdict.UNPARSEABLE_GOLD, Verdict.TIMEOUT)]
   return somers_d([row['votes'] for row in judged],

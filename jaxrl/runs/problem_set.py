@@ -28,6 +28,10 @@ class ProblemSet:
     """`count` of the prompts, chosen uniformly; none for 0."""
     return cap(self.prompts, count, seed) if count else []
 
+  def joined(self, others: ProblemSet) -> ProblemSet:
+    """These problems and then others, none of which has an id of these."""
+    return ProblemSet({**self.problems, **others.problems}, [*self.prompts, *others.prompts])
+
   def without(self, prompts: Sequence[EncodedPrompt]) -> ProblemSet:
     """The same problems, of which those of `prompts` are not asked."""
     ids = {prompt.prompt_id for prompt in prompts}

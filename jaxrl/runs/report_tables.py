@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,6 +43,7 @@ def read_table(
     values: Iterable[str] = (),
     lengths: Iterable[str] = (),
     sums: Iterable[str] = (),
+    digests: Iterable[str] = (),
     keep: set[str] | None = None,
 ) -> Table | None:
   """Columns of a Parquet file as Python lists, streamed so that memory follows what is kept.
@@ -52,22 +54,24 @@ def read_table(
     values: columns taken as they are. Text that is not UTF-8 gets replacement characters.
     lengths: list columns, of which the number of elements is taken.
     sums: list columns, of which the sum in float64 is taken, under the name `NAME_sum`.
+    digests: list columns of ids, of which a checksum is taken, under the name `NAME_digest`.
     keep: only rows whose `prompt_id` is in this set; None keeps all.
   """
   if not path.exists():
     return None
   where = f'{path.parent.name}/{path.name}'
-  values, lengths, sums = list(values), list(lengths), list(sums)
-  names = values + lengths + [f'{name}_sum' for name in sums]
+  values, lengths, sums, digests = list(values), list(lengths), list(sums), list(digests)
+  columns = values + lengths + sums + digests
+  names = values + lengths + [f'{n}_sum' for n in sums] + [f'{n}_digest' for n in digests]
   table: Table = {name: [] for name in names}
   try:
     with path.open('rb') as stream:
       file = pq.ParquetFile(stream)
       present = set(file.schema_arrow.names)
-      absent = [n for n in dict.fromkeys(values + lengths + sums) if n not in present]
+      absent = [n for n in dict.fromkeys(columns) if n not in present]
       if absent:
         notes.append(f'{where} lacks the column{_s(absent)} {", ".join(absent)}.')
-      wanted = [n for n in dict.fromkeys(values + lengths + sums) if n in present]
+      wanted = [n for n in dict.fromkeys(columns) if n in present]
       if keep is not None and 'prompt_id' in present:
         wanted.append('prompt_id')
       ids = None if keep is None else pa.array(sorted(keep), pa.string())
@@ -82,6 +86,8 @@ def read_table(
           table[name] += pc.list_value_length(batch.column(name)).to_pylist() if found else none
         for name in sums:
           table[f'{name}_sum'] += _sums(batch.column(name)) if name in present else none
+        for name in digests:
+          table[f'{name}_digest'] += _digests(batch.column(name)) if name in present else none
   except (pa.ArrowException, OSError) as error:
     notes.append(f'{where} could not be read ({type(error).__name__}); it is left out.')
     return None
@@ -106,6 +112,20 @@ def _sums(column: pa.Array) -> list[float | None]:
   totals = np.bincount(rows, weights=flat.astype(np.float64), minlength=len(column))
   known = column.is_valid().to_pylist()
   return [float(t) if valid else None for t, valid in zip(totals, known, strict=True)]
+
+
+def _digests(column: pa.Array) -> list[int | None]:
+  """Checksum of the ids of each list; None for a null list."""
+  flat = pc.list_flatten(column).to_numpy(zero_copy_only=False).astype(np.int64)
+  found: list[int | None] = []
+  start = 0
+  for length in pc.list_value_length(column).to_pylist():
+    if length is None:
+      found.append(None)
+      continue
+    found.append(zlib.crc32(flat[start : start + length].tobytes()))
+    start += length
+  return found
 
 
 def outcome(verdicts: list[str | None]) -> str | None:
@@ -205,6 +225,7 @@ def _pairs(folder: epath.Path, notes: list[str]) -> Table | None:
           'chosen_why', 'rejected_why', 'method',
       ),
       lengths=('chosen_ids', 'rejected_ids'),
+      digests=('chosen_ids', 'rejected_ids'),
   )  # fmt: skip
   if pairs is None:
     return None
@@ -228,11 +249,23 @@ def _pairs(folder: epath.Path, notes: list[str]) -> Table | None:
   }
 
 
-def _pair_record(pairs: Table, row: int) -> dict[str, Any]:
-  return {
+def _pair_record(
+    pairs: Table, row: int, digests: dict[tuple[str, int], int | None]
+) -> dict[str, Any]:
+  """One pair; `digests` are those of this iteration's samples by (prompt_id, sample_index).
+
+  A response of an earlier iteration has an index that another sample has here: it is under
+  `SIDE_earlier`, not `SIDE`.
+  """
+  places: dict[str, int | None] = {}
+  for side in ('chosen', 'rejected'):
+    index, digest = pairs[f'{side}_index'][row], pairs[f'{side}_ids_digest'][row]
+    here = digests.get((pairs['prompt_id'][row], index), digest)
+    # Without ids on both sides there is nothing to tell by.
+    is_here = None in (here, digest) or here == digest
+    places |= {side: index if is_here else None, f'{side}_earlier': None if is_here else index}
+  return places | {
       'pair': pairs['pair_index'][row],
-      'chosen': pairs['chosen_index'][row],
-      'rejected': pairs['rejected_index'][row],
       'weight': finite(pairs['weight'][row]),
       'chosen_why': pairs['chosen_why'][row],
       'rejected_why': pairs['rejected_why'][row],
@@ -263,6 +296,7 @@ def read_samples(
       notes,
       values=('prompt_id', 'sample_index', 'finish_reason'),
       lengths=('response_ids',),
+      digests=('response_ids',),
   )
   groups = {'all': samples and samples['response_ids']}
   groups |= {side: pairs and pairs[f'{side}_ids'] for side in ('chosen', 'rejected')}
@@ -308,6 +342,8 @@ def read_samples(
       sums=('logprobs',),
       keep=set(choose_evenly(list(rows), max_prompts)) if rows else set(),
   ) or {'prompt_id': []}  # fmt: skip
+  keys = zip(samples['prompt_id'], samples['sample_index'], strict=True)
+  digests = dict(zip(keys, samples['response_ids_digest'], strict=True))
   prompts = []
   for prompt_id, mine in rows_by_prompt(text).items():
     records = []
@@ -331,7 +367,7 @@ def read_samples(
         'gold': score((prompt_id, text['sample_index'][mine[0]]), 'gold'),
         'tags': row_tags[prompt_id],
         'samples': records,
-        'pairs': [_pair_record(pairs or {}, r) for r in pair_rows.get(prompt_id, ())],
+        'pairs': [_pair_record(pairs or {}, r, digests) for r in pair_rows.get(prompt_id, ())],
     })
   label = f'Iteration {iteration}: samples'
   name = f'samples-{iteration}'

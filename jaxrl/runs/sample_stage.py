@@ -60,17 +60,18 @@ def draw_rows(
 
 def sample_stage(
     session: Session, iteration: int, engine: Engine, model: Model,
-    prompts: Sequence[EncodedPrompt], draws: Draws,
+    prompts: Sequence[EncodedPrompt], draws: Draws, *, name: str = 'samples',
 ) -> Mapping:
-  """Writes `samples.parquet` and one metrics record; returns counts."""
-  name = f'iteration_{iteration:02d}/samples'
+  """Writes `NAME.parquet`, a table of samples, and one metrics record; returns counts."""
+  label = name.removesuffix('s')
+  file, name = f'{name}.parquet', f'iteration_{iteration:02d}/{name}'
 
   def produce(scratch: epath.Path) -> dict:
     params = rollout_params(model.params, session.mesh, engine.config.dtype)
     parts = []
     tokens, seconds = 0, 0.0   # of this attempt; parts of an earlier one took it no time
     total = len(prompts) * len(draws.temperatures)
-    with session.progress.stage(f'iteration {iteration}: sample', total, 'samples') as bar:
+    with session.progress.stage(f'iteration {iteration}: {label}', total, 'samples') as bar:
       for start in range(0, len(prompts), draws.part_prompts):
         group = prompts[start:start + draws.part_prompts]
         part = scratch / f'part_{start:08d}.parquet'
@@ -91,7 +92,7 @@ def sample_stage(
           table = tables.read_table(part, tables.SAMPLES)
         parts.append(table)
     table = pa.concat_tables(parts)
-    tables.write_table(scratch / 'samples.parquet', table, tables.SAMPLES)
+    tables.write_table(scratch / file, table, tables.SAMPLES)
     reasons = table['finish_reason'].to_pylist()
     counts = {
         'prompts': len(prompts), 'samples': table.num_rows,
@@ -99,7 +100,7 @@ def sample_stage(
         'truncated': reasons.count('length'),
     }
     speed = {'perf/tokens_per_second': tokens / seconds} if tokens else {}
-    session.record(iteration, 'sample', counts | speed)
+    session.record(iteration, label, counts | speed)
     return counts
 
   return session.run.stage(name, (f'{name}.parquet',), produce).counts
@@ -128,7 +129,7 @@ def _finished_part(
   return table
 
 
-def read_samples(session: Session, iteration: int) -> list[dict]:
+def read_samples(session: Session, iteration: int, name: str = 'samples') -> list[dict]:
   """Rows of the finished stage, verified against the manifest."""
-  name = f'iteration_{iteration:02d}/samples'
+  name = f'iteration_{iteration:02d}/{name}'
   return tables.read_table(session.run.path(name, f'{name}.parquet'), tables.SAMPLES).to_pylist()

@@ -24,7 +24,7 @@ from jaxrl.tokens.tokenizer import Tokenizer, load_tokenizer
 from jaxrl.training.logps import ComputePolicy
 
 # Streams of random numbers; each stage that draws has its own, so none repeats another's.
-SAMPLE_STREAM, VOTE_STREAM, PAIR_STREAM, TRAIN_STREAM, ADAPTER_STREAM = range(5)
+SAMPLE_STREAM, VOTE_STREAM, PAIR_STREAM, TRAIN_STREAM, ADAPTER_STREAM, WRITE_STREAM = range(6)
 
 
 @dataclasses.dataclass(frozen=True)

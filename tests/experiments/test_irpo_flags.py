@@ -54,7 +54,8 @@ IDLE = [
 ]
 # Flags that act whatever the others are, limits that may never be reached included.
 ALWAYS = {
-    'run_dir', 'model', 'seed', 'mesh', 'compute_dtype', 'remat', 'logp_chunk', 'learning_rate',
+    'run_dir', 'model', 'seed', 'mesh', 'compute_dtype', 'param_dtype', 'remat', 'logp_chunk',
+    'learning_rate',
     'schedule', 'warmup_steps', 'weight_decay', 'clip_norm', 'adam_b1', 'adam_b2', 'batch_size',
     'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every',
     'train_limit', 'test_limit', 'over_length', 'iterations', 'samples_per_prompt', 'temperature',

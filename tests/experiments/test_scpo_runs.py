@@ -29,7 +29,8 @@ SETTINGS = (
     f'--samples_per_prompt={K}', f'--extra_samples={EXTRA}', '--extra_temperature=1.5',
     '--tau_fraction=0.3', '--temperature=0.8', '--max_prompt_length=24', '--max_new_tokens=20',
     '--length_buckets=44', '--logp_chunk=128', '--learning_rate=1e-3', '--batch_size=4',
-    '--votes=0', '--slots=64', '--part_prompts=10', '--log_every=1')
+    '--votes=0', '--slots=64', '--part_prompts=10', '--log_every=1', '--num_generated=9',
+    '--few_shot=2', '--max_writer_prompt=60', '--max_new_problem=24')
 
 
 def run(finished, folder, train, *more):
@@ -67,9 +68,30 @@ def read(folder, name):
   return tables.read_table(folder / f'iteration_01/{name}.parquet', schema).to_pylist()
 
 
+def written(folder):
+  lines = (folder / 'iteration_01/new_problems.jsonl').read_text().splitlines()
+  return list(map(json.loads, lines))
+
+
+def test_new_problems_are_written_after_training_questions(runs):
+  rows = tables.read_table(
+      runs[0] / 'iteration_01/written.parquet', tables.SAMPLES).to_pylist()
+  questions = {row['prompt'] for row in read(runs[0], 'samples')[:24 * (K + EXTRA)]}
+  questions = {q.removeprefix('<bos><|user|>').removesuffix('<|assistant|>') for q in questions}
+  for row in rows:
+    shown = row['prompt'].removeprefix('<bos><|user|>New:\n').removesuffix('<|assistant|>')
+    assert len(set(shown.split('\n')) & questions) == 2
+    assert row['temperature'] == pytest.approx(0.7)
+  assert len(rows) == len(written(runs[0])) == 9
+  verdicts = {row['verdict'] for row in read(runs[0], 'scores')[24 * (K + EXTRA):]}
+  assert verdicts <= {'unparseable_gold'}                    # nobody knows their answers
+  assert 'problems that the model wrote' in runs[2]
+
+
 def test_gold_answers_of_training_problems_do_not_matter(runs):
   gold, other, _ = runs
-  same = ('samples.parquet', 'pairs.parquet', 'reference.parquet', 'model/model.safetensors')
+  same = ('written.parquet', 'new_problems.jsonl', 'samples.parquet', 'pairs.parquet',
+          'reference.parquet', 'model/model.safetensors')
   for name in same:
     assert (gold / 'iteration_01' / name).read_bytes() == (
         other / 'iteration_01' / name).read_bytes(), name
@@ -78,7 +100,10 @@ def test_gold_answers_of_training_problems_do_not_matter(runs):
 
 def test_extra_samples_are_hotter_and_do_not_vote(runs):
   samples, scores = read(runs[0], 'samples'), read(runs[0], 'scores')
-  assert len(samples) == 24 * (K + EXTRA)
+  new = [row for row in written(runs[0]) if row['discarded'] is None]
+  assert len(samples) == (24 + len(new)) * (K + EXTRA)
+  assert [row['prompt_id'] for row in samples[24 * (K + EXTRA)::K + EXTRA]] == [
+      row['id'] for row in new]
   for start in range(0, len(samples), K + EXTRA):
     rows = samples[start:start + K + EXTRA]
     assert [row['sample_index'] for row in rows] == list(range(K + EXTRA))

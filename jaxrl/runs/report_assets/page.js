@@ -344,8 +344,10 @@ function sampleRow(sample, roles) {
 function pairList(prompt) {
   if (!prompt.pairs.length) return null;
   const side = (pair, name) => {
-    const facts = [pair[name] == null ?
-      (name === 'chosen' ? 'gold solution' : 'not a sample') : `#${pair[name]}`];
+    const earlier = pair[`${name}_earlier`];
+    const facts = [pair[name] != null ? `#${pair[name]}` :
+      earlier != null ? `#${earlier} of an earlier iteration` :
+        name === 'chosen' ? 'gold solution' : 'not a sample'];
     if (pair[name] == null && pair[`${name}_length`] != null) {
       facts.push(counted(pair[`${name}_length`], 'token'));
     }

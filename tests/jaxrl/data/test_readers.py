@@ -361,8 +361,20 @@ def test_missing_gold_is_kept_on_request_only(tmp_path, gold):
   path.write_bytes(without('answer'))
   with pytest.raises(InputError, match="'answer' is missing"):   # an absent field is a wrong name
     read_problems(path, WORLD, missing_gold='keep')
-  with pytest.raises(InputError, match="'error' or 'keep'"):
+  assert [p.gold for p in read_problems(path, WORLD, missing_gold='keep_any')] == ['']
+  with pytest.raises(InputError, match="'error', 'keep' or 'keep_any'"):
     read_problems(path, WORLD, missing_gold='drop')
+
+
+def test_any_gold_is_kept_where_none_is_needed(tmp_path):
+  path = tmp_path / 'p.jsonl'
+  row = {'question': 'q', 'choices': {'label': ['A', 'B'], 'text': ['x', 'y']}}
+  path.write_bytes(lines(*(row | {'answerKey': key} for key in ('B', 'D', 'none', 7))))
+  with pytest.raises(InputError, match='not one of the options'):
+    read_problems(path, get_task('arc'), missing_gold='keep')
+  kept = read_problems(path, get_task('arc'), missing_gold='keep_any')
+  assert [p.gold for p in kept] == ['B', '', '', '']
+  assert {p.labels for p in kept} == {('A', 'B')}
 
 
 def test_messages_stay_a_conversation(tmp_path):

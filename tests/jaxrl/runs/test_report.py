@@ -182,6 +182,25 @@ def test_a_gold_solution_is_a_pair_without_a_chosen_sample(run_dir):
   assert golds and all(pair['chosen_length'] == 40 for pair in golds)
 
 
+def test_a_response_of_an_earlier_iteration_marks_no_sample_of_this_one(tmp_path):
+  run = report_run.write_run(tmp_path / 'run', iterations=1, prompts=6, n_samples=4, steps=4)
+  path = run / 'iteration_01/pairs.parquet'
+  rows = tables.read_table(path, tables.PAIRS).to_pylist()
+  changed = next(row for row in rows if row['chosen_index'] is not None)
+  changed['chosen_ids'] = [9] * len(changed['chosen_ids'])   # as long as the sample of that index
+  tables.write_table(path, rows, tables.PAIRS)
+  shown = [
+      pair for choice in gather(run)['choices'] if choice['id'] == 'samples-1'
+      for prompt in choice['prompts'] for pair in prompt['pairs']
+  ]
+  assert len(shown) == len(rows)
+  for pair, row in zip(shown, rows, strict=True):
+    here = row is not changed
+    assert pair['chosen'] == (row['chosen_index'] if here else None)
+    assert pair['chosen_earlier'] == (None if here else row['chosen_index'])
+    assert (pair['rejected'], pair['rejected_earlier']) == (row['rejected_index'], None)
+
+
 def test_a_bounded_page_says_how_much_it_shows(run_dir):
   data = gather(run_dir, max_prompts=7)
   choice = next(c for c in data['choices'] if c['id'] == 'samples-1')

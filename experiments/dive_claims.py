@@ -1,0 +1,264 @@
+"""DIVE's four variants on the embedded world, over several seeds, with verdicts.
+
+`python -m experiments.dive_claims --seeds=0,1,2` runs `experiments.dive` four times per seed, with
+and without --global_pool and --selection, from the same seed model and with the same first samples,
+and prints what the paper claims beside what is seen. Diversity is that of answers that each last
+model samples for the held-out problems, in a yardstick that is the same for all: words and hashed
+n-grams. Verdicts are computed from the run folders. Every run resumes; the same command again goes
+on where it stopped. The folder is --output, by default runs/dive_claims.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from absl import flags
+from etils import epath
+
+from experiments import claims_flags, common_flags, dive_flags, output_flag
+from jaxrl.errors import InputError
+from jaxrl.evaluation.diversity import EQUATION, by_side, solved_share
+from jaxrl.evaluation.statistics import Estimate, mean_estimate, paired_difference
+from jaxrl.evaluation.text_embedding import hashed_ngrams
+from jaxrl.runs.manifest import read_manifest
+from jaxrl.runs.progress import Progress
+from jaxrl.runs.tables import EVALUATION, read_table
+
+FLAGS = flags.FLAGS
+for module in (claims_flags, output_flag):
+  flags.adopt_module_key_flags(module)
+DEFAULT_OUTPUT = 'runs/dive_claims'        # folder of the runs and summary.json
+
+VANILLA, BOTH = 'vanilla', 'global + selection'
+VARIANTS = {
+    VANILLA: ('--noglobal_pool', '--noselection'),
+    'global': ('--global_pool', '--noselection'),
+    'selection': ('--noglobal_pool', '--selection'),
+    BOTH: ('--global_pool', '--selection')}
+MEASURES = {
+    'distinct-n, right': 'positive/distinct_n', 'distinct-n, wrong': 'negative/distinct_n',
+    'embedding, right': 'positive/embedding', 'embedding, wrong': 'negative/embedding'}
+LEAST = 0.10                 # the smallest of the published gains; the largest is 0.45
+RESAMPLES = 2000
+FEWEST = 10                  # questions that an interval over questions takes
+NO_DIVERSITY = 1e-6          # what rounding leaves of the distance of equal texts
+
+ByQuestion = Mapping[str, float]            # prompt_id -> a measure of its responses
+
+
+def start_run(folder: epath.Path, arguments: Sequence[str]) -> None:
+  """One `experiments.dive` in its own process; its output is shown as it comes.
+
+  Raises:
+    InputError: the run ended with an error.
+  """
+  command = [sys.executable, '-m', 'experiments.dive', f'--run_dir={folder}', *arguments,
+             *FLAGS.with_flag]
+  print('$', ' '.join(command[1:]), flush=True)
+  if (status := subprocess.run(command).returncode) != 0:
+    raise InputError('a run failed', where=folder, expected='exit status 0', found=status,
+                     fix='See its message above; the same command goes on from there')
+
+
+def run_all(output: epath.Path, seeds: Sequence[int]) -> dict[int, dict[str, epath.Path]]:
+  """Seed -> variant -> run folder; the vanilla run makes the world and the seed model."""
+  folders: dict[int, dict[str, epath.Path]] = {}
+  for seed in seeds:
+    first = output / f'seed_{seed}_{VANILLA}'
+    start_run(first, [f'--seed={seed}', *VARIANTS[VANILLA], *FLAGS.with_world_flag])
+    folders[seed] = {VANILLA: first}
+    for variant, switches in VARIANTS.items():
+      if variant != VANILLA:
+        folder = output / f'seed_{seed}_{variant.replace(" + ", "_")}'
+        start_run(folder, [
+            f'--flagfile={dive_flags.WORLD_FLAGS}', f'--seed={seed}', *switches,
+            f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
+            f'--test={first}/world/test.jsonl'])
+        folders[seed][variant] = folder
+  return folders
+
+
+def by_question(rows: Iterable[Mapping]) -> dict[str, dict[str, float]]:
+  """Measure -> question -> its value, over the questions that have it."""
+  groups: dict[str, list[Mapping]] = collections.defaultdict(list)
+  for row in rows:
+    groups[row['prompt_id']].append(row)
+  found: dict[str, dict[str, float]] = {name: {} for name in MEASURES}
+  for prompt_id, group in groups.items():
+    metrics = by_side(group, hashed_ngrams([row['response'] for row in group]), pattern=EQUATION)
+    for name, key in MEASURES.items():
+      if key in metrics:
+        found[name][prompt_id] = metrics[key]
+  return found
+
+
+def relative_gain(before: ByQuestion, after: ByQuestion) -> Estimate | None:
+  """mean(after) / mean(before) - 1, with a 95% bootstrap interval over questions.
+
+  The two may have different questions. None where one has fewer than `FEWEST`, or where there is no
+  diversity to begin with.
+  """
+  if min(len(before), len(after)) < FEWEST or np.mean([*before.values()]) < NO_DIVERSITY:
+    return None
+  questions = sorted({*before, *after})
+  values = np.array([[side.get(q, np.nan) for q in questions] for side in (before, after)])
+  rng = np.random.default_rng(0)
+  drawn = rng.integers(len(questions), size=(RESAMPLES, len(questions)))
+  resampled = values[:, drawn]                                       # [2, RESAMPLES, questions]
+  counts, sums = (~np.isnan(resampled)).sum(-1), np.nansum(resampled, -1)
+  usable = (counts > 0).all(0) & (sums[0] > 0)
+  means = sums[:, usable] / counts[:, usable]
+  low, high = np.quantile(means[1] / means[0] - 1, (0.025, 0.975))
+  first, last = np.nanmean(values, axis=1)
+  return Estimate(float(last / first - 1), float(low), float(high))
+
+
+def answers(folder: epath.Path, iteration: int) -> list[dict]:
+  path = folder / f'iteration_{iteration:02d}' / 'evaluation.parquet'
+  return read_table(path, EVALUATION).to_pylist()
+
+
+def greedy(rows: Iterable[Mapping]) -> dict[str, bool]:
+  """Whether the greedy answer of each held-out problem is right, in the order of their ids."""
+  right = {row['prompt_id']: row['verdict'] == 'correct' for row in rows if row['kind'] == 'greedy'}
+  return {key: right[key] for key in sorted(right)}
+
+
+def summarise(folders: Mapping[int, Mapping[str, epath.Path]]) -> dict:
+  """Everything the tables and verdicts are made of."""
+  seeds = []
+  for seed, by_variant in folders.items():
+    row: dict = {'seed': seed, 'variants': {}}
+    diversity: dict[str, dict[str, dict[str, float]]] = {}
+    for variant, folder in by_variant.items():
+      last = max(int(name[10:12]) for name in read_manifest(folder) if name.endswith('/evaluation'))
+      evaluations = [answers(folder, t) for t in range(last + 1)]
+      votes = [r for r in evaluations[-1] if r['kind'] == 'vote']
+      diversity[variant] = by_question(votes)
+      right = greedy(evaluations[-1])
+      row['variants'][variant] = found = {
+          'right': list(right.values()),
+          'accuracy': [float(np.mean([*greedy(rows).values()])) for rows in evaluations],
+          'any': solved_share(votes),
+          'length': float(np.mean([r['length'] for r in votes])) if votes else None,
+          'diversity': {name: _estimate(list(each.values()))
+                        for name, each in diversity[variant].items()}}
+      if variant == VANILLA:
+        start = by_question(r for r in evaluations[0] if r['kind'] == 'vote')
+        found['change'] = {name: _plain(relative_gain(start[name], diversity[variant][name]))
+                           for name in MEASURES}
+        row['n'] = len(right)
+      else:
+        found['gain'] = {
+            name: _plain(relative_gain(diversity[VANILLA][name], diversity[variant][name]))
+            for name in MEASURES}
+    seeds.append(row)
+  return {'seeds': seeds, 'verdicts': verdicts(seeds)}
+
+
+def _plain(estimate: Estimate | None) -> dict[str, float] | None:
+  return None if estimate is None else vars(estimate)
+
+
+def _estimate(values: Sequence[float]) -> dict[str, float] | None:
+  return _plain(mean_estimate(values)) if values else None
+
+
+def verdicts(seeds: Sequence[Mapping]) -> dict[str, dict]:
+  """Each claim with its figure over seeds: holds, does not hold or undecided."""
+  found = {
+      f'{BOTH} is at least {LEAST:.0%} more diverse than vanilla: {name}': _judge(
+          [row['variants'][BOTH]['gain'][name] for row in seeds],
+          holds=lambda e: e.low > 0 and e.value >= LEAST, fails=lambda e: e.high < LEAST)
+      for name in MEASURES}
+  for variant in VARIANTS:
+    if variant != VANILLA:
+      found[f'{variant} is not less accurate than vanilla'] = _judge_accuracy(seeds, variant)
+  return found | {
+      f'vanilla ends less diverse than it starts: {name}': _judge(
+          [row['variants'][VANILLA]['change'][name] for row in seeds],
+          holds=lambda e: e.high < 0, fails=lambda e: e.low > 0)
+      for name in MEASURES}
+
+
+def _judge(each: Sequence[Mapping | None], *, holds, fails) -> dict[str, str]:
+  """A verdict on the mean over seeds by its interval; of a single seed by its own interval."""
+  known = [Estimate(**e) for e in each if e is not None]
+  if len(known) < len(each):
+    return {'verdict': 'undecided',
+            'seen': f'{len(each) - len(known)} of {len(each)} seeds have fewer than {FEWEST} '
+                    'questions with two such responses, or no diversity to begin with'}
+  mean = known[0] if len(known) == 1 else mean_estimate([e.value for e in known])
+  verdict = 'holds' if holds(mean) else 'does not hold' if fails(mean) else 'undecided'
+  text = '; per seed ' + ', '.join(map(_percent, known)) if len(known) > 1 else ''
+  return {'verdict': verdict, 'seen': f'{_percent(mean)}{text}'}
+
+
+def _judge_accuracy(seeds: Sequence[Mapping], variant: str) -> dict[str, str]:
+  """Whether the paired difference over the problems of all seeds is, or may be, 0 or more."""
+  pairs = [(row['variants'][VANILLA]['right'], row['variants'][variant]['right']) for row in seeds]
+  pooled = paired_difference(
+      [x for before, _ in pairs for x in before], [x for _, after in pairs for x in after])
+  each = ', '.join(_points(paired_difference(*pair)) for pair in pairs)
+  return {'verdict': 'holds' if pooled.high >= 0 else 'does not hold',
+          'seen': f'{_points(pooled)} points; per seed {each}'}
+
+
+def _percent(e: Estimate) -> str:
+  return f'{100 * e.value:+.1f}% [{100 * e.low:+.1f}, {100 * e.high:+.1f}]'
+
+
+def _points(e: Estimate) -> str:
+  return f'{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]'
+
+
+def show(summary: Mapping) -> None:
+  progress = Progress()
+  progress.table(
+      'DIVE on the embedded world: accuracy on held-out problems, %, and length of samples',
+      ('seed', 'variant', 'greedy by iteration', 'any of K', 'length'),
+      [[row['seed'], variant, ' '.join(f'{100 * x:.1f}' for x in found['accuracy']),
+        f'{100 * found["any"]:.1f}', '-' if found['length'] is None else f'{found["length"]:.1f}']
+       for row in summary['seeds'] for variant, found in row['variants'].items()])
+  progress.table(
+      'Diversity of sampled answers of the last model, with 95% intervals over questions',
+      ('seed', 'variant', *MEASURES),
+      [[row['seed'], variant, *map(_interval, found['diversity'].values())]
+       for row in summary['seeds'] for variant, found in row['variants'].items()])
+  progress.table(
+      'Relative to vanilla', ('seed', 'variant', *MEASURES),
+      [[row['seed'], variant, *(
+          '-' if e is None else _percent(Estimate(**e)) for e in found['gain'].values())]
+       for row in summary['seeds'] for variant, found in row['variants'].items()
+       if 'gain' in found])
+  progress.table('Claims', ('claim', 'verdict', 'seen'),
+                 [[claim, v['verdict'], v['seen']] for claim, v in summary['verdicts'].items()])
+
+
+def _interval(found: Mapping | None) -> str:
+  return '-' if found is None else f'{found["value"]:.3f} [{found["low"]:.3f}, {found["high"]:.3f}]'
+
+
+def main(argv) -> None:
+  del argv
+  try:
+    seeds = [int(seed) for seed in FLAGS.seeds]
+  except ValueError:
+    raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
+                     found=','.join(FLAGS.seeds)) from None
+  if not seeds or len({*seeds}) < len(seeds):
+    raise InputError('the seeds cannot be used', where='--seeds',
+                     expected='at least one, each once', found=','.join(FLAGS.seeds))
+  output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
+  summary = summarise(run_all(output, seeds))
+  (output / 'summary.json').write_text(json.dumps(summary, indent=2))
+  show(summary)
+
+
+if __name__ == '__main__':
+  common_flags.run(main)
