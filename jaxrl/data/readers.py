@@ -88,7 +88,8 @@ def read_problems(
   """
   if missing_gold not in ('error', 'keep', 'keep_any'):
     raise InputError('unknown policy for missing gold answers', where='--missing_gold',
-                     expected="'error', 'keep' or 'keep_any'", found=repr(missing_gold), fix='Choose one')
+                     expected="'error', 'keep' or 'keep_any'", found=repr(missing_gold),
+                     fix='Choose one')
   problems: list[Problem] = []
   seen: dict[str, int] = {}
   for row in _first(read_rows(path), limit):

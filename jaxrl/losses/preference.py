@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl.losses import pairwise, whole_batch
 from jaxrl.losses.checks import check_number
@@ -105,7 +106,7 @@ def check_loss(
     raise ValueError(f'loss {name!r} pairs responses anew, so WPO weights have no pair to weigh')
   if resolve(name) == 'bco':
     whole_batch.check_bco(**{**known, **options})
-  one = jnp.ones(1, jnp.float32)
+  one: Any = np.ones(1, np.float32)      # NumPy's, so that nothing is compiled here
   sums = PairSums(*(one,) * 10, valid=one > 0, weights=one, rows=dict.fromkeys(_ROWS, one))
   jax.eval_shape(lambda: {key: t.per_row for key, t in loss.terms(sums, **options).items()})
 

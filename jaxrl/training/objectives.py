@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl.losses import kto, preference, wspo
 from jaxrl.losses.checks import check_number
@@ -210,8 +211,8 @@ def kto_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> Ob
     ValueError: an option out of range.
   """
   beta = float(options.get('beta', 0.1))
-  none = jnp.zeros((1, 1))
-  empty = {key: none for key in kto.KEYS} | {'label': jnp.zeros(1)}
+  # NumPy's zeros, so that nothing is compiled here.
+  empty: Any = dict.fromkeys(kto.KEYS, np.zeros((1, 1))) | {'label': np.zeros(1)}
   jax.eval_shape(lambda: kto.kto(empty, jnp.zeros(()), **options))
 
   def totals(params, part):
@@ -248,7 +249,7 @@ def wspo_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> O
   Raises:
     ValueError: an option out of range.
   """
-  empty = dict.fromkeys(wspo.KEYS, jnp.zeros((1, 1)))
+  empty: Any = dict.fromkeys(wspo.KEYS, np.zeros((1, 1)))
   jax.eval_shape(lambda: wspo.wspo(empty, **options))
   gamma = float(options.get('gamma', 0.1))
 

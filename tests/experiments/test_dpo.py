@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import common_flags, dpo, loss_flags
+from experiments import common_flags, dpo, dpo_flags, loss_flags
 from jaxrl.data.batches import TokenRow
 from jaxrl.losses import preference
 from jaxrl.losses.preference import LOSSES, needs_reference
@@ -119,7 +120,8 @@ def test_the_same_command_again_trains_nothing_and_a_changed_file_is_refused(fin
     ('mixed', ('--loss=dpo:0.8,bco:0.2,nll:1', '--loss_options=bco.delta_mode=none,dpo.beta=0.3')),
     ('wpo', ('--loss=dpo', '--wpo')), ('ld', ('--loss=dpo', '--ld_alpha=0.5')),
     ('tr', ('--loss=dpo', '--reference_sync_steps=1', '--reference_sync_mix=0.5')),
-    ('lora', ('--loss=irpo', '--lora_rank=2', '--loss_options=beta=0.3,alpha=0.5'))])
+    ('lora', ('--loss=irpo', '--lora_rank=2', '--loss_options=beta=0.3,alpha=0.5')),
+    ('lora_bco', ('--loss=bco', '--lora_rank=2', '--micro_batches=1'))])
 def test_losses_and_variants_train(files, name, more):
   loss = () if any(m.startswith('--loss=') for m in more) else (f'--loss={name}',)
   ended = run(*arguments(files, f'run_{name}', *loss, *more))
@@ -141,11 +143,13 @@ def test_the_reference_of_tr_dpo_moves(files):
   np.testing.assert_allclose(losses, math.log(2), atol=1e-5)
 
 
-def test_kto_trains_on_labelled_rows(files):
+@pytest.mark.parametrize('more', [(), ('--lora_rank=2',)])
+def test_kto_trains_on_labelled_rows(files, more):
+  name = f'kto{len(more)}'
   ended = run(f'--model={files / "model"}', f'--train={files / "labelled.jsonl"}',
-              f'--run_dir={files / "kto"}', *SMALL, '--loss=kto', '--loss_options=beta=0.5')
+              f'--run_dir={files / name}', *SMALL, '--loss=kto', '--loss_options=beta=0.5', *more)
   assert ended.status == 0, ended.stderr
-  records = [r for r in read_metrics(files / 'kto' / 'metrics.jsonl') if r['stage'] == 'train']
+  records = [r for r in read_metrics(files / name / 'metrics.jsonl') if r['stage'] == 'train']
   assert records[0]['loss'] == pytest.approx(0.5, abs=1e-5)      # policy = reference, z0 = 0
   assert records[1]['loss'] < 0.5 and 'rewards/desirable' in records[0]
 
@@ -221,3 +225,14 @@ def test_the_trained_model_is_a_folder_like_the_first(finished, files):
   moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), before, after)
   assert max(jax.tree.leaves(moved)) > 1e-4
   assert json.loads((folder / 'manifest.json').read_text())
+
+
+@pytest.mark.parametrize('name', ['wspo_dpo_full', 'wspo_dpo_lora'])
+def test_published_settings_are_accepted(name, files):
+  """The weak models of WSPO are aligned by this experiment."""
+  folder = pathlib.Path(dpo.__file__).parent / 'flags'
+  with flagsaver.flagsaver():
+    FLAGS.unparse_flags()
+    FLAGS(['dpo', f'--flagfile={folder / name}.flags', f'--model={files / "model"}',
+           f'--train={files / "train.jsonl"}'])
+    assert list(dpo_flags.check().parts) == ['dpo']
