@@ -1,6 +1,8 @@
 """Eight CPU devices and no implicit rank promotion, in every test."""
 
+import gc
 import os
+import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 _flags = os.environ.get('XLA_FLAGS', '')
@@ -13,5 +15,21 @@ for _flag in (
 os.environ['XLA_FLAGS'] = _flags
 
 import jax  # reads the environment when it is imported
+import pytest
+
+MOST_MAPS = 25_000
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _few_memory_maps():
+  """Forgets compiled programs before their memory maps reach the system's limit (65,530 on Linux).
+
+  Every program on a CPU holds several; past the limit the compiler aborts the process.
+  """
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > MOST_MAPS:
+    jax.clear_caches()
+    gc.collect()
