@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl.losses import pairwise, whole_batch
 from jaxrl.losses.checks import check_number
@@ -106,9 +105,13 @@ def check_loss(
     raise ValueError(f'loss {name!r} pairs responses anew, so WPO weights have no pair to weigh')
   if resolve(name) == 'bco':
     whole_batch.check_bco(**{**known, **options})
-  one: Any = np.ones(1, np.float32)      # NumPy's, so that nothing is compiled here
-  sums = PairSums(*(one,) * 10, valid=one > 0, weights=one, rows=dict.fromkeys(_ROWS, one))
-  jax.eval_shape(lambda: {key: t.per_row for key, t in loss.terms(sums, **options).items()})
+
+  def on_one_pair():           # traced only: nothing is compiled here
+    one = jnp.ones(1, jnp.float32)
+    sums = PairSums(*(one,) * 10, valid=one > 0, weights=one, rows=dict.fromkeys(_ROWS, one))
+    return {key: t.per_row for key, t in loss.terms(sums, **options).items()}
+
+  jax.eval_shape(on_one_pair)
 
 
 def value_at_reference(name: str, options: Mapping[str, Any]) -> float:
