@@ -3,5 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 _BESIDE = Path(__file__).resolve().parents[2] / 'shared'
 SHARED = Path(os.environ.get('JAXRL_SHARED', _BESIDE)) / 'data'
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f'no shared data at {SHARED}')

@@ -19,7 +19,7 @@ from jaxrl.rewards.checking import AnswerRule
 from jaxrl.runs.problem_set import read_problem_set
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.tokens.tokenizer import load_tokenizer
-from tests.shared_data import SHARED
+from tests.shared_data import SHARED, needs_shared
 
 FLAGS = flags.FLAGS
 FOLDER = pathlib.Path(irpo_flags.__file__).parent / 'flags'
@@ -135,7 +135,7 @@ class Said:
     self.lines.append(text)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason='the folder of public records is absent')
+@needs_shared
 def test_the_two_problems_of_math_without_an_answer_are_counted_and_not_asked(tmp_path):
   with gzip.open(SHARED / 'math' / 'train.jsonl.gz', 'rt') as lines:
     rows = [json.loads(line) for line in lines]
@@ -178,7 +178,7 @@ def model(tmp_path_factory):
   return base / 'model'
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason='the folder of public records is absent')
+@needs_shared
 @pytest.mark.parametrize('task', FILES)
 def test_irpo_starts_on_the_real_files(task, model, tmp_path, monkeypatch):
   """Everything is read, checked and built; the first evaluation gets the prompts."""

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.vote_correlation import VOTED, by_problem, lines, measure
 from jaxrl.rewards.checking import Check, Verdict
-from tests.shared_data import SHARED
+from tests.shared_data import SHARED, needs_shared
 
 RIGHT, WRONG = Verdict.CORRECT, Verdict.WRONG
 
@@ -37,7 +37,7 @@ def test_groups_keep_the_order_and_leave_out_what_has_no_verdict():
   assert [[c.answer for c in group] for group in found] == [['1'], ['2', '4']]
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason='the folder of public records is absent')
+@needs_shared
 def test_votes_tell_right_from_wrong_on_real_responses():
   rows = [line.split(' | ') for line in lines(SHARED)]
   assert {row[0].removeprefix('| ') for row in rows} == set(VOTED)

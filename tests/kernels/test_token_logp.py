@@ -1,5 +1,7 @@
 """Chunked log-probs against the definition and float64, and what they keep in memory."""
 
+import functools
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -47,8 +49,8 @@ def test_values_and_gradients_match_float64(t, chunk, softcap):
       return jnp.sum(jnp.asarray(upstream, jnp.float32) * out), out
     return jax.jit(jax.grad(weighted, argnums=(0, 1), has_aux=True))
 
-  chunked = lambda h, w: token_logp(h, w, targets, chunk=chunk, softcap=softcap)  # noqa: E731
-  plain = lambda h, w: ref.token_logp(h, w, targets, softcap=softcap)             # noqa: E731
+  chunked = functools.partial(token_logp, targets=targets, chunk=chunk, softcap=softcap)
+  plain = functools.partial(ref.token_logp, targets=targets, softcap=softcap)
   values, d_hidden, d_head = float64(hidden, head, targets, upstream, softcap)
   for fn in (chunked, plain):
     grads, out = total(fn)(hidden, head)

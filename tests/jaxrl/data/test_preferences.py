@@ -7,7 +7,7 @@ import pytest
 from jaxrl.data.preferences import read_labelled, read_preferences
 from jaxrl.errors import InputError
 from jaxrl.tokens.prompts import Message
-from tests.shared_data import SHARED
+from tests.shared_data import SHARED, needs_shared
 
 USER, ANSWER = {'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'good'}
 OTHER = {'role': 'assistant', 'content': 'bad'}
@@ -92,7 +92,7 @@ def test_labels_are_booleans(tmp_path, label):
     read_labelled(write(tmp_path, {'prompt': 'q', 'completion': 'a', 'label': label}))
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason='the shared data folder is absent')
+@needs_shared
 def test_the_real_files():
   pairs, counts = read_preferences(SHARED / 'preference_demo' / 'dpo_en.jsonl')
   assert counts['rows'] == 231 and len(pairs) + counts['identical'] == 231

@@ -9,9 +9,8 @@ from jaxrl.data.readers import read_problems
 from jaxrl.data.rows import Row
 from jaxrl.data.tasks import MARKER, TASKS, get_task, gsm8k_gold, gsm8k_solution, read_answer
 from jaxrl.errors import InputError
-from tests.shared_data import SHARED
+from tests.shared_data import SHARED, needs_shared
 
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f'no shared data at {SHARED}')
 REAL = [
     ('gsm8k', 'gsm8k/train.jsonl.gz', 7473), ('gsm8k', 'gsm8k/test.jsonl', 1119),
     ('math', 'math/test.jsonl.gz', 4900), ('arc', 'arc_challenge/train.jsonl', 1118),

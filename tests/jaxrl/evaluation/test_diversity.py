@@ -23,7 +23,7 @@ from jaxrl.evaluation.diversity import (
     ngram_counts,
     solved_share,
 )
-from tests.shared_data import SHARED
+from tests.shared_data import SHARED, needs_shared
 
 SETS = st.lists(st.lists(st.sampled_from('abcdAB'), max_size=9).map(' '.join), max_size=6)
 
@@ -87,10 +87,9 @@ def test_equations_of_the_embedded_world():
   assert equation_chain('x = 4, 2002-03-04, a+b=c', EQUATION) == ()
 
 
+@needs_shared
 def test_equation_chains_of_real_solutions():
   path = SHARED / 'gsm8k' / 'train.jsonl.gz'
-  if not path.exists():
-    pytest.skip(f'{path.parent} is absent')
   with gzip.open(path, 'rt') as file:
     first = [json.loads(next(file))['answer'] for _ in range(50)]
   chains = [equation_chain(answer) for answer in first]

@@ -1,51 +1,25 @@
-"""The loss family: worked values, edge cases, closed-form and float64 gradients, identities."""
+"""The loss family: worked values, edge cases, float64 values and gradients, variants, bad input."""
 
-import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jaxrl.losses.kto import kto_loss
-from jaxrl.losses.pairs import PLAIN, PairOptions
+from jaxrl.losses.pairs import PairOptions
 from jaxrl.losses.preference import (
-    LOSSES,
-    check_loss,
-    defaults,
-    mixed_totals,
-    normalisers,
-    pair_sums,
-    pref_loss,
-    survey,
-    totals,
+  check_loss,
+  defaults,
+  mixed_totals,
+  normalisers,
+  pair_sums,
+  pref_loss,
+  survey,
+  totals,
 )
 from jaxrl.losses.terms import divide
 from jaxrl.losses.whole_batch import initial_state
-from jaxrl.losses.wspo import wspo_loss
-from jaxrl.parallel.mesh import make_mesh
-from jaxrl.parallel.sharding import batch_sharding
-
-
-def _batch(*rows):
-  names = ('policy_chosen', 'ref_chosen', 'chosen_mask', 'policy_rejected', 'ref_rejected',
-           'rejected_mask')
-  return {name: jnp.asarray(row, jnp.float32) for name, row in zip(names, rows, strict=True)}
-
-
-A = _batch([[-0.50, -1.20, -0.30]], [[-0.70, -1.00, -0.60]], [[1, 1, 1]],
-           [[-0.90, -0.40, 0.00]], [[-0.60, -0.80, 0.00]], [[1, 1, 0]])
-B = _batch([[-0.20, -0.35, -0.10, -0.80], [-1.50, -0.25, 0, 0]],
-           [[-0.40, -0.30, -0.55, -0.60], [-1.10, -0.45, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]],
-           [[-0.60, -2.10, -0.15, 0], [-0.05, -0.70, -0.90, -0.40]],
-           [[-0.50, -1.30, -0.20, 0], [-0.25, -0.65, -1.40, -0.30]], [[1, 1, 1, 0], [1, 1, 1, 1]])
-C = _batch([[-0.40, -0.60], [-1.20, -0.20], [-0.30, 0]],
-           [[-0.90, -0.30], [-0.70, -0.50], [-0.80, 0]], [[1, 1], [1, 1], [1, 0]],
-           [[-0.50, 0], [-2.00, -0.40], [-0.10, -0.90]],
-           [[-0.20, 0], [-1.50, -0.60], [-0.60, -0.70]], [[1, 0], [1, 1], [1, 1]])
+from tests.preference_batches import PAIRWISE, A, B, C, value, with_rewards
 
 # Float64 values checked with a 40-digit implementation: loss on A, B, C; rows of B. A loss of the
 # whole batch has no rows of its own.
@@ -116,15 +90,6 @@ WORKED = [
     ('dive', {'beta': 0.4, 'alpha': 0.5}, (0.660307, 0.641483, 0.570906), (0.418288, 0.864678)),
     ('dive', {'beta': 0.4, 'alpha': 0.8}, (0.656491, 0.655123, 0.613449), (0.451762, 0.858484)),
 ]
-
-
-@functools.partial(jax.jit, static_argnames=('name', 'options', 'pair_options'))
-def run(name, options, batch, pair_options=PLAIN):
-  return pref_loss(name, batch, pair_options=pair_options, **dict(options))
-
-
-def value(name, batch, pair_options=PLAIN, **options):
-  return run(name, tuple(options.items()), batch, pair_options)
 
 
 def id_of(row):
@@ -223,15 +188,6 @@ def test_huge_margins_and_certain_responses(name, options, batch, expected):
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   if name == 'dpo':
     assert abs(grads['policy_chosen']).max() <= 0.1 * 1.0001
-
-
-PAIRWISE = sorted(LOSSES)
-
-
-def with_rewards(batch):
-  """`reward_aware` reads one more row; the other losses ignore it."""
-  b = batch['chosen_mask'].shape[0]
-  return batch | {'reward_margin': jnp.linspace(-1.0, 2.0, b)}
 
 
 @pytest.mark.parametrize('name', PAIRWISE)
@@ -363,137 +319,6 @@ def test_values_match_float64(name):
         value(name, batch, **options)[0], _loss64(name, wide, options), rtol=2e-5)
 
 
-# Identities and invariances
-
-
-logps = st.floats(-6, -1 / 128, width=32)
-
-
-@st.composite
-def batches(draw):
-  b, t = 4, 5        # one shape, so one compilation; rows of length 0 stand for smaller batches
-  out = {}
-  for side in ('chosen', 'rejected'):
-    lengths = draw(st.lists(st.integers(0, t), min_size=b, max_size=b))
-    out[f'{side}_mask'] = np.arange(t)[None] < np.asarray(lengths)[:, None]
-    for model in ('policy', 'ref'):
-      values = draw(st.lists(logps, min_size=b * t, max_size=b * t))
-      out[f'{model}_{side}'] = np.asarray(values, np.float32).reshape(b, t)
-  return out
-
-
-def no_reference(batch):
-  return batch | {key: np.zeros_like(batch[key]) for key in ('ref_chosen', 'ref_rejected')}
-
-
-IDENTITIES = {
-    'irpo(alpha 0) = dpo': lambda b: (
-        value('irpo', b, beta=0.3, alpha=0.0), value('dpo', b, beta=0.3)),
-    'scpo(w 1) = irpo': lambda b: (value('scpo', b), value('irpo', b, beta=0.5, alpha=1.0)),
-    'robust(e 0) = dpo': lambda b: (
-        value('robust', b, label_smoothing=0.0), value('dpo', b)),
-    'rdpo_len(0) = dpo': lambda b: (value('rdpo_len', b, alpha_len=0.0), value('dpo', b)),
-    'dpop(lam 0) = dpo': lambda b: (value('dpop', b, beta=0.1, lam=0.0), value('dpo', b)),
-    'cpo(alpha 0) = dpo without reference': lambda b: (
-        value('cpo', b, alpha=0.0), value('dpo', no_reference(b))),
-    'simpo(gamma 0) = dpo_norm without reference': lambda b: (
-        value('simpo', b, beta=2.0, gamma=0.0), value('dpo_norm', no_reference(b), beta=2.0)),
-    'reference_free = zero reference': lambda b: (
-        value('dpo', b, PairOptions(reference_free=True)), value('dpo', no_reference(b))),
-    'ld_alpha 1 = dpo': lambda b: (value('dpo', b, PairOptions(ld_alpha=1.0)), value('dpo', b)),
-    'reward_alpha -> 0 = simpo': lambda b: (
-        value('simpo', b, reward_alpha=1e-4), value('simpo', b)),
-}
-
-
-@pytest.mark.parametrize('identity', IDENTITIES)
-@settings(max_examples=15, deadline=None)
-@given(batch=batches())
-def test_identities(identity, batch):
-  one, other = IDENTITIES[identity](batch)
-  rtol = 5e-3 if '->' in identity else 1e-5
-  np.testing.assert_allclose(one[0], other[0], rtol=rtol, atol=1e-6)
-
-
-@settings(max_examples=15, deadline=None)
-@given(batch=batches(), alpha=st.sampled_from([0.25, 0.5, 0.8]))
-def test_dive_is_a_share_of_irpo(batch, alpha):
-  dive = value('dive', batch, beta=0.4, alpha=alpha)[0]
-  irpo = value('irpo', batch, beta=0.4, alpha=(1 - alpha) / alpha)[0]
-  np.testing.assert_allclose(dive, alpha * irpo, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize('name', PAIRWISE)
-@settings(max_examples=8, deadline=None)
-@given(batch=batches(), seed=st.integers(0, 99))
-def test_row_order_and_padding_change_nothing(name, batch, seed):
-  batch = {key: np.asarray(x) for key, x in with_rewards(batch).items()}
-  order = np.random.default_rng(seed).permutation(4)
-  padded = {
-      key: np.pad(x, [(0, 0), (0, 2)], constant_values=False if 'mask' in key else np.nan)
-      if x.ndim == 2 else x for key, x in batch.items()}
-  clean = value(name, batch)[0]
-  for changed in ({key: x[order] for key, x in batch.items()}, padded):
-    np.testing.assert_allclose(value(name, changed)[0], clean, rtol=2e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize('name', PAIRWISE)
-def test_micro_batches_add_up_to_the_whole(name):
-  """Totals and counts of unequal parts; losses of the whole batch after one survey of it."""
-  batch = with_rewards({
-      key: jnp.concatenate([jnp.pad(x, [(0, 0), (0, 4 - x.shape[1])]) for x in (B[key], C[key])])
-      for key in B})
-
-  def by_parts(policy):
-    b = batch | {'policy_chosen': policy}
-    whole, _ = survey(name, pair_sums(b))
-    counts, sums = normalisers(whole), {}
-    for part in (slice(0, 1), slice(1, 5)):
-      s = pair_sums({key: x[part] for key, x in b.items()})
-      s = dataclasses.replace(s, rows=s.rows | {
-          key: x[part] for key, x in whole.rows.items() if key not in s.rows})
-      for key, (total, kind) in totals(name, s)[0].items():
-        sums[key] = (sums.get(key, (0.0,))[0] + total, kind)
-    return divide(sums, counts)
-
-  loss, grad = jax.jit(jax.value_and_grad(by_parts))(batch['policy_chosen'])
-  expected = jax.value_and_grad(lambda x: value(
-      name, batch | {'policy_chosen': x})[0])(batch['policy_chosen'])
-  np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
-  np.testing.assert_allclose(grad, expected[1], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize('name', ['aot', 'aot_unpaired', 'bco'])
-def test_whole_batch_losses_are_the_same_over_eight_devices(name):
-  rng = np.random.default_rng(0)
-  batch = {}
-  for side in ('chosen', 'rejected'):
-    batch[f'{side}_mask'] = np.arange(5)[None] < rng.integers(0, 6, 16)[:, None]
-    for model in ('policy', 'ref'):
-      batch[f'{model}_{side}'] = rng.normal(size=(16, 5)).astype(np.float32)
-  expected = jax.value_and_grad(
-      lambda b, x: value(name, b | {'policy_chosen': x})[0], argnums=1)(
-          batch, batch['policy_chosen'])
-  mesh = make_mesh(data=2, fsdp=4)
-  with jax.set_mesh(mesh):
-    placed = jax.device_put(batch, batch_sharding(mesh, 2))
-    found = jax.jit(jax.value_and_grad(
-        lambda b, x: pref_loss(name, b | {'policy_chosen': x})[0], argnums=1))(
-            placed, placed['policy_chosen'])
-  for one, other in zip(found, expected, strict=True):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
-
-
-def test_swapping_sides_flips_the_margin():
-  swapped = {
-      key: B[key.replace('chosen', '@').replace('rejected', 'chosen').replace('@', 'rejected')]
-      for key in B}
-  one, other = value('dpo', B)[1], value('dpo', swapped)[1]
-  np.testing.assert_allclose(one['rewards/margins'], -other['rewards/margins'], rtol=1e-6)
-  np.testing.assert_allclose(value('dpo', B, label_smoothing=0.5)[0],
-                             value('dpo', swapped, label_smoothing=0.5)[0], rtol=1e-6)
-
-
 # Variants
 
 
@@ -541,75 +366,6 @@ def test_sppo_takes_win_probabilities_per_row():
   np.testing.assert_allclose(value('sppo', B | rows, beta=0.5)[0], 1.032500, rtol=1e-5)
 
 
-# KTO and WSPO
-
-
-KTO = {
-    'policy': [[-0.4, -0.6], [-1.2, -0.2], [-0.3, 0]],
-    'ref': [[-0.9, -0.3], [-0.7, -0.5], [-0.8, 0]],
-    'mask': [[1, 1], [1, 1], [1, 0]], 'label': [1, 0, 1],
-    'kl_policy': [[-2.1, -1.0], [-1.4, -0.9], [-3.0, 0]],
-    'kl_ref': [[-2.3, -1.1], [-1.3, -1.0], [-3.2, 0]], 'kl_mask': [[1, 1], [1, 1], [1, 0]]}
-KTO = {key: jnp.asarray(x, jnp.float32) for key, x in KTO.items()}
-
-
-def test_kto_worked_values():
-  loss, aux = kto_loss(KTO, beta=0.1)
-  np.testing.assert_allclose(aux['z0'], 0.166667, atol=1e-6)
-  np.testing.assert_allclose(aux['per_example'], [0.499167, 0.490834, 0.491667], atol=1e-6)
-  np.testing.assert_allclose(loss, 0.493889, atol=1e-6)
-  loss, aux = kto_loss(KTO, beta=0.5, desirable_weight=1.33)
-  np.testing.assert_allclose(aux['per_example'], [0.659458, 0.454295, 0.609711], atol=1e-6)
-  np.testing.assert_allclose(loss, 0.574488, atol=1e-6)
-  clamped = KTO | {'kl_policy': KTO['kl_policy'].at[0].set(jnp.asarray([-2.6, -1.2]))}
-  loss, aux = kto_loss(clamped, beta=0.5)
-  assert aux['z0'] == 0
-  np.testing.assert_allclose(loss, 0.462622, atol=1e-6)
-
-
-def test_kto_edges():
-  same = KTO | {'policy': KTO['ref'], 'kl_policy': KTO['kl_ref']}
-  np.testing.assert_allclose(kto_loss(same)[0], 0.5)
-  no_kl = KTO | {'kl_mask': jnp.zeros_like(KTO['kl_mask'])}
-  assert kto_loss(no_kl)[1]['z0'] == 0
-  nothing = KTO | {'mask': jnp.zeros_like(KTO['mask'])}
-  assert kto_loss(nothing)[0] == 0
-  grads = jax.grad(lambda b: kto_loss(b)[0])(KTO)
-  assert np.any(grads['policy']) and not any(
-      np.any(grads[key]) for key in ('ref', 'kl_policy', 'kl_ref'))
-
-
-W1 = {'policy_strong': [[-1.0, -0.5, -2.0]], 'ref_strong': [[-1.2, -0.4, -1.5]],
-      'weak_aligned': [[-0.9, -0.7, -1.1]], 'weak_ref': [[-1.0, -0.6, -1.6]], 'mask': [[1, 1, 1]]}
-W2 = {'policy_strong': [[-0.8, -1.4, -0.3, -0.6], [-2.0, -0.1, 0, 0]],
-      'ref_strong': [[-1.0, -1.1, -0.5, -0.6], [-1.5, -0.3, 0, 0]],
-      'weak_aligned': [[-0.7, -1.3, -0.6, -0.9], [-1.8, -0.4, 0, 0]],
-      'weak_ref': [[-1.1, -1.2, -0.9, -0.4], [-1.6, -0.2, 0, 0]],
-      'mask': [[1, 1, 1, 1], [1, 1, 0, 0]]}
-W1, W2 = ({key: jnp.asarray(x, jnp.float32) for key, x in w.items()} for w in (W1, W2))
-
-
-@pytest.mark.parametrize(('batch', 'gamma', 'token', 'rows', 'sequence'), [
-    (W1, 0.1, 0.105667, (0.105667,), 0.097200), (W1, 0.5, 0.188333, (0.188333,), 0.163333),
-    (W1, 1.0, 0.336667, (0.336667,), 0.270000),
-    (W2, 0.1, 0.077438, (0.119425, 0.035450), 0.035237),
-    (W2, 0.5, 0.070938, (0.095625, 0.046250), 0.015937),
-    (W2, 1.0, 0.105000, (0.085000, 0.125000), 0.002500)])
-def test_wspo_worked_values(batch, gamma, token, rows, sequence):
-  loss, aux = wspo_loss(batch, gamma=gamma)
-  np.testing.assert_allclose(loss, token, atol=1e-6)
-  np.testing.assert_allclose(aux['per_example'], rows, atol=1e-6)
-  np.testing.assert_allclose(wspo_loss(batch, gamma=gamma, level='sequence')[0], sequence,
-                             atol=1e-6)
-
-
-def test_wspo_gradient_reaches_the_strong_policy_alone():
-  grads = jax.grad(lambda b: wspo_loss(b, gamma=0.1)[0])(W1)
-  np.testing.assert_allclose(
-      grads['policy_strong'], [[-0.005333, 0.006000, -0.036667]], atol=1e-6)
-  assert not any(np.any(grads[key]) for key in ('ref_strong', 'weak_aligned', 'weak_ref'))
-
-
 # Bad input
 
 
@@ -647,8 +403,6 @@ def test_bad_batches_are_refused():
     pref_loss('aot', B | {'weights': jnp.ones(2)})
   with pytest.raises(ValueError, match='reward_margin'):
     pref_loss('reward_aware', B)
-  with pytest.raises(ValueError, match='shape'):
-    wspo_loss(W2 | {'weak_ref': W1['weak_ref']})
   with pytest.raises(ValueError, match='divergence_alpha'):
     PairOptions(divergence='alpha')
 

@@ -1,4 +1,4 @@
-"""DPO and IRPO against hand-worked numbers, closed-form and finite-difference gradients."""
+"""DPO and IRPO: closed-form and finite-difference gradients, splits, edges, bad input."""
 
 import re
 
@@ -11,56 +11,7 @@ from hypothesis import strategies as st
 
 from jaxrl.losses import preference
 from jaxrl.losses.preference import divide, normalisers, pair_sums, pref_loss, totals
-
-
-def _batch(*rows):
-  names = ('policy_chosen', 'ref_chosen', 'chosen_mask', 'policy_rejected', 'ref_rejected',
-           'rejected_mask')
-  return {name: jnp.asarray(row, jnp.float32) for name, row in zip(names, rows, strict=True)}
-
-
-A = _batch([[-0.50, -1.20, -0.30]], [[-0.70, -1.00, -0.60]], [[1, 1, 1]],
-           [[-0.90, -0.40, 0.00]], [[-0.60, -0.80, 0.00]], [[1, 1, 0]])
-B = _batch([[-0.20, -0.35, -0.10, -0.80], [-1.50, -0.25, 0, 0]],
-           [[-0.40, -0.30, -0.55, -0.60], [-1.10, -0.45, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]],
-           [[-0.60, -2.10, -0.15, 0], [-0.05, -0.70, -0.90, -0.40]],
-           [[-0.50, -1.30, -0.20, 0], [-0.25, -0.65, -1.40, -0.30]], [[1, 1, 1, 0], [1, 1, 1, 1]])
-C = _batch([[-0.40, -0.60], [-1.20, -0.20], [-0.30, 0]],
-           [[-0.90, -0.30], [-0.70, -0.50], [-0.80, 0]], [[1, 1], [1, 1], [1, 0]],
-           [[-0.50, 0], [-2.00, -0.40], [-0.10, -0.90]],
-           [[-0.20, 0], [-1.50, -0.60], [-0.60, -0.70]], [[1, 0], [1, 1], [1, 1]])
-
-# Values worked in float64 and checked with a 40-digit implementation: loss on A, B, C; rows of B.
-WORKED = [
-    ('dpo', {'beta': 0.1}, (0.683197, 0.681975, 0.679939), (0.632599, 0.731350)),
-    ('dpo', {'beta': 0.5}, (0.644397, 0.663412, 0.629599), (0.428701, 0.898123)),
-    ('dpo', {'beta': 0.1, 'label_smoothing': 0.1}, (0.685197, 0.684475, 0.682606),
-     (0.645099, 0.723850)),
-    ('irpo', {'beta': 0.1, 'alpha': 1.0}, (1.349864, 1.300725, 1.179939), (0.995099, 1.606350)),
-    ('irpo', {'beta': 0.1, 'alpha': 0.5}, (1.016531, 0.991350, 0.929939), (0.813849, 1.168850)),
-    ('irpo', {'beta': 0.1, 'alpha': 1.0, 'nll_reduction': 'token'},
-     (1.349864, 1.215308, 1.219939), None),
-]
-
-
-@pytest.mark.parametrize(('name', 'options', 'expected', 'rows'), WORKED)
-def test_worked_values(name, options, expected, rows):
-  for batch, value in zip((A, B, C), expected, strict=True):
-    loss, _ = pref_loss(name, batch, **options)
-    np.testing.assert_allclose(loss, value, rtol=1e-5)
-  if rows is not None:
-    np.testing.assert_allclose(pref_loss(name, B, **options)[1]['per_example'], rows, rtol=1e-5)
-
-
-def test_weights_multiply_rows_and_not_the_denominator():
-  """The ScPO rows of the same fixtures: IRPO with weights at beta 0.5."""
-  for batch, weights, value in (
-      (A, [0.5], 0.655532), (B, [0.75, 0.25], 0.518341), (B, [0.75, 0.0], 0.296700),
-      (C, [1.0, 0.5, 0.125], 0.626073)):
-    weighted = batch | {'weights': jnp.asarray(weights)}
-    loss, aux = pref_loss('irpo', weighted, beta=0.5, alpha=1.0)
-    np.testing.assert_allclose(loss, value, rtol=1e-5)
-    assert aux['n_valid'] == len(weights)
+from tests.preference_batches import A, B, pair_batch
 
 
 @pytest.mark.parametrize(('name', 'options', 'value', 'chosen', 'rejected'), [
@@ -194,7 +145,7 @@ def test_finite_differences_in_float64():
 
 
 def test_edges():
-  one = _batch([[60000.0]], [[0.0]], [[1]], [[0.0]], [[0.0]], [[1]])
+  one = pair_batch([[60000.0]], [[0.0]], [[1]], [[0.0]], [[0.0]], [[1]])
   flipped = one | {'policy_chosen': jnp.asarray([[-60000.0]])}
   assert pref_loss('dpo', one, beta=0.1)[0] == 0
   np.testing.assert_allclose(pref_loss('dpo', flipped, beta=0.1)[0], 6000.0)

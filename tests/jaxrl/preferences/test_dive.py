@@ -17,7 +17,7 @@ from jaxrl.preferences.dive import DiveConfig, build_diverse_pairs, pick, pool_r
 from jaxrl.preferences.diverse_selection import OBJECTIVES, greedy_select
 from jaxrl.preferences.isolation_forest import inliers
 from jaxrl.rewards.checking import Verdict
-from tests.shared_data import SHARED
+from tests.shared_data import SHARED, needs_shared
 
 VANILLA = DiveConfig(
     pairs_per_prompt=2, global_pool=False, selection=False, max_pairs=None, max_length=100, seed=0)
@@ -241,11 +241,10 @@ def test_a_side_of_the_clusters():
   assert (picked.duplicates, picked.outliers) == (0, 2)
 
 
+@needs_shared
 def test_selection_makes_sets_more_diverse_on_real_responses():
   """Eight responses to each of the problems in `math_votes`, right and wrong ones apart."""
   path = SHARED / 'math_votes' / 'math_cot_8_responses.jsonl'
-  if not path.exists():
-    pytest.skip(f'{path.parent} is absent')
   samples = []
   for line in itertools.islice(path.open(), 60):
     row = json.loads(line)

@@ -15,9 +15,8 @@ from jaxrl.errors import InputError
 from jaxrl.rewards.canonical import canonical_math
 from jaxrl.rewards.checking import Verdict
 from jaxrl.rewards.extraction import extract_math
-from tests.shared_data import SHARED
+from tests.shared_data import SHARED, needs_shared
 
-needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f'no folder {SHARED}')
 # Read one by one; docs/answer_checking.md says what each record and each text says.
 KNOWN = {
     'gsm8k model_responses': {
@@ -40,7 +39,7 @@ def checked(name):
   return recorded, check_recorded(SETS[name].rule, recorded)
 
 
-@needs_data
+@needs_shared
 @pytest.mark.parametrize('name, n', [
     ('gsm8k model_responses', 6714), ('gsm8k example_model_solutions', 4476), ('math_votes', 400),
 ])
@@ -53,7 +52,7 @@ def test_verdicts_agree_with_the_recorded_correctness(name, n):
   assert not {check.verdict for check in checks} & {Verdict.UNPARSEABLE_GOLD, Verdict.TIMEOUT}
 
 
-@needs_data
+@needs_shared
 def test_extracted_math_answers_are_the_recorded_predictions():
   """The origin's extraction and ours write numbers differently; the box they read is the same."""
   for record, check in zip(*checked('math_votes'), strict=True):
@@ -63,7 +62,7 @@ def test_extracted_math_answers_are_the_recorded_predictions():
       assert check.answer == canonical_math(record.answer)
 
 
-@needs_data
+@needs_shared
 @pytest.mark.slow
 def test_level_5_responses_all_get_a_verdict():
   recorded, checks = checked('math model_responses_level5')
@@ -74,7 +73,7 @@ def test_level_5_responses_all_get_a_verdict():
   assert 1 - len(disagreements(recorded, checks)) / len(checks) >= 0.97
 
 
-@needs_data
+@needs_shared
 def test_worked_solutions_give_the_gold_of_their_problem():
   """extract_math on the solution text and canonical_gold on the bare answer are one function."""
   with gzip.open(SHARED / 'math' / 'test.jsonl.gz', 'rt', encoding='utf-8') as lines:
