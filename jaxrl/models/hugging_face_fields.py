@@ -21,9 +21,9 @@ def positive(config: Mapping, field: str, where: object, *, default: float | Non
   """A positive finite number; `default` where the field is absent or null."""
   value = config.get(field)
   value = default if value is None else value
-  if not is_positive(value):
+  if value is None or not is_positive(value):
     raise malformed(field, value, 'a positive number', where)
-  return float(value)      # type: ignore[arg-type]
+  return float(value)
 
 
 def boolean(config: Mapping, field: str, where: object, *, default: bool | None = None) -> bool:

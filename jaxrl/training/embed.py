@@ -15,6 +15,7 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import cast, forward
 from jaxrl.parallel.sharding import batch_sharding
 from jaxrl.training.logps import ComputePolicy
+from jaxrl.training.score import by_length
 
 
 def response_means(
@@ -55,14 +56,10 @@ def embed_rows(
     InputError: a row has no ids, or is longer than every padded length.
   """
   fn = _compiled(c, policy)
-  order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
   out = np.zeros((len(rows), c.d_model), np.float32)
-  for start in range(0, len(order), batch_size):
-    group = order[start:start + batch_size]
-    filled = group + [group[-1]] * (batch_size - len(group))   # repeats are computed, not kept
+  for group, filled in by_length(rows, batch_size):
     ids, mask = (
-        jax.device_put(x, batch_sharding(mesh, 2))
-        for x in _arrays([rows[n] for n in filled], lengths, pad_id))
+        jax.device_put(x, batch_sharding(mesh, 2)) for x in _arrays(filled, lengths, pad_id))
     out[group] = np.asarray(fn(params, ids, mask))[:len(group)]
     on_rows(len(group))
   return out

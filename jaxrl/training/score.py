@@ -35,12 +35,9 @@ def score_rows(
   allowed, each one compiled program.
   """
   fn = _compiled(c, policy)
-  order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
   out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
-  for start in range(0, len(order), batch_size):
-    group = order[start:start + batch_size]
-    filled = group + [group[-1]] * (batch_size - len(group))   # repeats are computed, not kept
-    batch = sequence_arrays([rows[n] for n in filled], lengths, pad_id)
+  for group, filled in by_length(rows, batch_size):
+    batch = sequence_arrays(filled, lengths, pad_id)
     inputs, targets = (
         jax.device_put(batch[key], batch_sharding(mesh, 2)) for key in ('inputs', 'targets'))
     logps = np.asarray(fn(params, inputs, targets))
@@ -48,6 +45,17 @@ def score_rows(
       out[n] = logps[row][batch['mask'][row]]
     on_rows(len(group))
   return out
+
+
+def by_length(
+    rows: Sequence[TokenRow], batch_size: int
+) -> Iterator[tuple[list[int], list[TokenRow]]]:
+  """Batches of similar length: the numbers of their rows, and the rows filled up with repeats."""
+  order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
+  for start in range(0, len(order), batch_size):
+    group = order[start:start + batch_size]
+    filled = group + [group[-1]] * (batch_size - len(group))   # repeats are computed, not kept
+    yield group, [rows[n] for n in filled]
 
 
 def score_stream(
