@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import collections
 import json
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import claims_flags, common_flags, dive_flags, output_flag
-from jaxrl.errors import InputError
+from experiments import claims, common_flags, dive_flags, output_flag
 from jaxrl.evaluation.diversity import EQUATION, by_side, solved_share
 from jaxrl.evaluation.statistics import Estimate, mean_estimate, paired_difference
 from jaxrl.evaluation.text_embedding import hashed_ngrams
@@ -30,7 +27,7 @@ from jaxrl.runs.progress import Progress
 from jaxrl.runs.tables import EVALUATION, read_table
 
 FLAGS = flags.FLAGS
-for module in (claims_flags, output_flag):
+for module in (claims, output_flag):
   flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/dive_claims'        # folder of the runs and summary.json
 
@@ -51,31 +48,17 @@ NO_DIVERSITY = 1e-6          # what rounding leaves of the distance of equal tex
 ByQuestion = Mapping[str, float]            # prompt_id -> a measure of its responses
 
 
-def start_run(folder: epath.Path, arguments: Sequence[str]) -> None:
-  """One `experiments.dive` in its own process; its output is shown as it comes.
-
-  Raises:
-    InputError: the run ended with an error.
-  """
-  command = [sys.executable, '-m', 'experiments.dive', f'--run_dir={folder}', *arguments,
-             *FLAGS.with_flag]
-  print('$', ' '.join(command[1:]), flush=True)
-  if (status := subprocess.run(command).returncode) != 0:
-    raise InputError('a run failed', where=folder, expected='exit status 0', found=status,
-                     fix='See its message above; the same command goes on from there')
-
-
 def run_all(output: epath.Path, seeds: Sequence[int]) -> dict[int, dict[str, epath.Path]]:
   """Seed -> variant -> run folder; the vanilla run makes the world and the seed model."""
   folders: dict[int, dict[str, epath.Path]] = {}
   for seed in seeds:
     first = output / f'seed_{seed}_{VANILLA}'
-    start_run(first, [f'--seed={seed}', *VARIANTS[VANILLA], *FLAGS.with_world_flag])
+    claims.start_run('dive', first, [f'--seed={seed}', *VARIANTS[VANILLA]], makes_world=True)
     folders[seed] = {VANILLA: first}
     for variant, switches in VARIANTS.items():
       if variant != VANILLA:
         folder = output / f'seed_{seed}_{variant.replace(" + ", "_")}'
-        start_run(folder, [
+        claims.start_run('dive', folder, [
             f'--flagfile={dive_flags.WORLD_FLAGS}', f'--seed={seed}', *switches,
             f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
             f'--test={first}/world/test.jsonl'])
@@ -246,16 +229,8 @@ def _interval(found: Mapping | None) -> str:
 
 def main(argv) -> None:
   del argv
-  try:
-    seeds = [int(seed) for seed in FLAGS.seeds]
-  except ValueError:
-    raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
-                     found=','.join(FLAGS.seeds)) from None
-  if not seeds or len({*seeds}) < len(seeds):
-    raise InputError('the seeds cannot be used', where='--seeds',
-                     expected='at least one, each once', found=','.join(FLAGS.seeds))
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
-  summary = summarise(run_all(output, seeds))
+  summary = summarise(run_all(output, claims.seeds()))
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))
   show(summary)
 

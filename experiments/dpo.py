@@ -168,34 +168,43 @@ def score(session: Session, params: dict, rows: Sequence[TokenRow], lengths: Seq
         batch_size=FLAGS.score_batch, pad_id=session.tokenizer.pad_id, on_rows=bar.advance)
 
 
-def measure(session: Session, name: str, model: Model, rows: Sequence[Mapping],
-            reference: Mapping[str, list], lengths: Sequence[int]) -> Mapping:
-  """Stage 'iteration_0N/held_out': how the model ranks held-out pairs; returns the numbers."""
-  iteration = 0 if name == 'before' else ITERATION
+def held_out_sums(session: Session, params: dict, rows: Sequence[Mapping],
+                  lengths: Sequence[int], label: str) -> np.ndarray:
+  """Log-probs of both responses of every pair, [n, 2] float64."""
+  scored = score(session, params, token_rows(rows), lengths, label)
+  return np.array([x.sum(dtype=np.float64) for x in scored]).reshape(-1, 2)
+
+
+def measure(session: Session, iteration: int, model: Model, rows: Sequence[Mapping],
+            lengths: Sequence[int], reference: np.ndarray | None = None) -> Mapping:
+  """Stage 'iteration_0N/held_out': how the model ranks held-out pairs.
+
+  Returns the numbers, and `sums` [n, 2]. With `reference`, the sums under it, implicit rewards too.
+  """
   stage = f'iteration_{iteration:02d}/held_out'
 
   def produce(scratch: epath.Path) -> dict:
-    scored = score(session, model.params, token_rows(rows), lengths, f'held-out pairs {name}')
-    sums = np.array([float(x.sum(dtype=np.float64)) for x in scored]).reshape(-1, 2)
-    means = np.array([float(x.mean(dtype=np.float64)) for x in scored]).reshape(-1, 2)
-    margins = sums - np.asarray(reference['sums'])
-    gap = mean_estimate(list(margins[:, 0] - margins[:, 1]))
+    sums = held_out_sums(session, model.params, rows, lengths, f'held-out pairs, M{iteration}')
+    counts = np.array([[len(row[f'{side}_ids']) for side in ('chosen', 'rejected')]
+                       for row in rows])
+    ranked = {'mean': sums / counts, 'sequence': sums}
     numbers: dict[str, float] = {'pairs': len(rows)}
-    for key, wins in (('sequence', sums[:, 0] > sums[:, 1]), ('mean', means[:, 0] > means[:, 1]),
-                      ('reward', margins[:, 0] > margins[:, 1])):
-      if key == 'reward' and name == 'before':
-        continue               # the model is its own reference: every margin is 0
-      estimate = proportion(int(wins.sum()), len(wins))
+    if reference is not None:
+      ranked = {'reward': sums - reference} | ranked
+      gap = mean_estimate(list(ranked['reward'][:, 0] - ranked['reward'][:, 1]))
+      numbers |= {'margin': gap.value, 'margin_low': gap.low, 'margin_high': gap.high}
+    for key, values in ranked.items():
+      estimate = proportion(int((values[:, 0] > values[:, 1]).sum()), len(rows))
       numbers |= {f'{key}_accuracy': estimate.value, f'{key}_low': estimate.low,
                   f'{key}_high': estimate.high}
     numbers |= {'logps/chosen': float(sums[:, 0].mean()),
-                'logps/rejected': float(sums[:, 1].mean()),
-                'margin': gap.value, 'margin_low': gap.low, 'margin_high': gap.high}
-    (scratch / 'held_out.json').write_text(json.dumps(numbers, indent=1))
+                'logps/rejected': float(sums[:, 1].mean())}
+    (scratch / 'held_out.json').write_text(json.dumps(numbers | {'sums': sums.tolist()}))
     session.record(iteration, 'held_out', numbers)
     return numbers
 
-  return session.run.stage(stage, (f'{stage}.json',), produce).counts
+  session.run.stage(stage, (f'{stage}.json',), produce)
+  return json.loads(session.run.path(stage, f'{stage}.json').read_text())
 
 
 def show(session: Session, before: Mapping, after: Mapping) -> None:
@@ -251,15 +260,13 @@ def train_pairs(session: Session, start: epath.Path, config: loss_flags.LossConf
   objective = mixed_objective(config.parts, adapted or session.model, session.compute,
                               pair_options=config.pair_options, moving=config.moving)
   model = sessions.load_model(session, start)
-  before: Mapping = {}
-  sums: dict[str, list] = {}
-  if held_out:
-    scored = score(session, model.params, token_rows(held_out), lengths, 'held-out reference')
-    sums = {'sums': np.array([float(x.sum(dtype=np.float64)) for x in scored]).reshape(
-        -1, 2).tolist()}
-    before = measure(session, 'before', model, held_out, sums, lengths)
+  before = measure(session, 0, model, held_out, lengths) if held_out else {}
+  sums = np.asarray(before.get('sums', ()))
   if config.needs_reference:
     reference = load_reference(session, model)
+    if held_out and reference is not model:
+      sums = held_out_sums(
+          session, reference.params, held_out, lengths, 'held-out pairs, reference')
     reference_stage(session, ITERATION, reference, lengths, FLAGS.score_batch)
     pairs = training_pairs(session, ITERATION, reference)
     del reference
@@ -278,7 +285,7 @@ def train_pairs(session: Session, start: epath.Path, config: loss_flags.LossConf
   if held_out:
     trained = sessions.load_model(
         session, session.run.path('iteration_01/train', 'iteration_01/model'))
-    show(session, before, measure(session, 'after', trained, held_out, sums, lengths))
+    show(session, before, measure(session, ITERATION, trained, held_out, lengths, sums))
 
 
 def train_labelled(session: Session, start: epath.Path, options: Mapping) -> None:

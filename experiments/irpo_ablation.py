@@ -11,40 +11,23 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping
 
 from absl import flags
 from etils import epath
 
-from experiments import claims_flags, common_flags, irpo_flags, output_flag
-from jaxrl.errors import InputError
+from experiments import claims, common_flags, irpo_flags, output_flag
 from jaxrl.evaluation.statistics import Estimate, mean_estimate, paired_difference
 from jaxrl.runs.manifest import read_manifest
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.tables import EVALUATION, read_table
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(output_flag)
-flags.adopt_module_key_flags(claims_flags)
+for module in (claims, output_flag):
+  flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/irpo_ablation'      # folder of the runs and summary.json
 
 VARIANTS = ('with NLL', 'without NLL')
-
-
-def start_run(folder: epath.Path, arguments: list[str], experiment: str = 'irpo') -> None:
-  """One `experiments.EXPERIMENT` in its own process; its output is shown as it comes.
-
-  Raises:
-    InputError: the run ended with an error.
-  """
-  command = [sys.executable, '-m', f'experiments.{experiment}', f'--run_dir={folder}', *arguments,
-             *FLAGS.with_flag]
-  print('$', ' '.join(command[1:]), flush=True)
-  if (status := subprocess.run(command).returncode) != 0:
-    raise InputError('a run failed', where=folder, expected='exit status 0', found=status,
-                     fix='See its message above; the same command goes on from there')
 
 
 def greedy(folder: epath.Path, iteration: int) -> dict[str, bool]:
@@ -149,20 +132,13 @@ def _shift_text(seeds: list[dict], variant: str) -> str:
 
 def main(argv) -> None:
   del argv
-  common_flags.refuse(FLAGS.with_world_flag != [], 'with_world_flag',
-                      'every run makes its own world: --with_flag reaches it')
-  try:
-    seeds = [int(seed) for seed in FLAGS.seeds]
-  except ValueError:
-    raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
-                     found=','.join(FLAGS.seeds)) from None
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
   folders: dict[int, dict[str, epath.Path]] = {}
-  for seed in seeds:
+  for seed in claims.seeds():
     first = output / f'seed_{seed}_with_nll'
     second = output / f'seed_{seed}_without_nll'
-    start_run(first, [f'--seed={seed}'])
-    start_run(second, [
+    claims.start_run('irpo', first, [f'--seed={seed}'], makes_world=True)
+    claims.start_run('irpo', second, [
         f'--flagfile={irpo_flags.WORLD_FLAGS}', f'--seed={seed}', '--nll_alpha=0',
         f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
         f'--test={first}/world/test.jsonl'])

@@ -16,9 +16,8 @@ from pathlib import Path
 from absl import flags
 from etils import epath
 
-from experiments import claims_flags, common_flags, irpo_flags, output_flag, scpo_flags
-from experiments.irpo_ablation import compare, greedy, last_iteration, start_run
-from jaxrl.errors import InputError
+from experiments import claims, common_flags, irpo_flags, output_flag, scpo_flags
+from experiments.irpo_ablation import compare, greedy, last_iteration
 from jaxrl.evaluation.statistics import Estimate, mean_estimate
 from jaxrl.evaluation.vote_correlation import vote_correlation
 from jaxrl.runs.folder import FLAGS as FLAGS_FILE
@@ -27,7 +26,7 @@ from jaxrl.runs.progress import Progress
 from jaxrl.runs.tables import SCORES, read_table
 
 FLAGS = flags.FLAGS
-for module in (claims_flags, output_flag):
+for module in (claims, output_flag):
   flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/scpo_claims'        # folder of the runs and summary.json
 VARIANTS = ('ScPO', 'ScPO unweighted', 'IRPO with gold')
@@ -40,12 +39,13 @@ def run_seed(output: epath.Path, seed: int) -> dict[str, epath.Path]:
   folders = {
       name: output / f'seed_{seed}_{name.lower().replace(" ", "_")}' for name in VARIANTS}
   first = folders['ScPO']
-  start_run(first, [f'--seed={seed}', *FLAGS.with_world_flag], 'scpo')
+  claims.start_run('scpo', first, [f'--seed={seed}'], makes_world=True)
   given = [f'--seed={seed}', f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
            f'--test={first}/world/test.jsonl']
-  start_run(folders['ScPO unweighted'],
-            [*without_world(scpo_flags.WORLD_FLAGS), *given, '--noweighted'], 'scpo')
-  start_run(folders['IRPO with gold'], [f'--flagfile={irpo_flags.WORLD_FLAGS}', *given], 'irpo')
+  claims.start_run('scpo', folders['ScPO unweighted'],
+                   [*without_world(scpo_flags.WORLD_FLAGS), *given, '--noweighted'])
+  claims.start_run('irpo', folders['IRPO with gold'],
+                   [f'--flagfile={irpo_flags.WORLD_FLAGS}', *given])
   return folders
 
 
@@ -149,13 +149,8 @@ def show(summary: Mapping) -> None:
 
 def main(argv) -> None:
   del argv
-  try:
-    seeds = [int(seed) for seed in FLAGS.seeds]
-  except ValueError:
-    raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
-                     found=','.join(FLAGS.seeds)) from None
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
-  summary = summarise({seed: run_seed(output, seed) for seed in seeds})
+  summary = summarise({seed: run_seed(output, seed) for seed in claims.seeds()})
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))
   show(summary)
 

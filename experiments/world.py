@@ -141,43 +141,51 @@ def seed_rows(session: Session, world: epath.Path) -> list[TokenRow]:
 
 def seed_stage(
     session: Session, world: epath.Path, engine: Engine, rule: AnswerRule, dev: ProblemSet,
-    lengths: tuple[int, ...],
+    lengths: tuple[int, ...], *, stage: str = 'seed/train', start: epath.Path | None = None,
+    accuracy: str = 'seed_accuracy',
 ) -> epath.Path:
-  """Stage 'seed/train': SFT until the dev accuracy is reached; returns the model folder.
+  """SFT until the dev accuracy is reached; returns the model folder.
+
+  Args:
+    stage: its name; the accuracies are recorded under the first part, the losses under the last.
+    start: the untrained model; default: the world's.
+    accuracy: the flag that holds the accuracy to reach.
 
   Raises:
     InputError: the accuracy was not reached within --seed_max_steps.
   """
-  start = load_model(session, world / 'start')
+  untrained = load_model(session, start or world / 'start')
   rows = seed_rows(session, world)
   optimizer = OptimizerConfig(FLAGS.seed_learning_rate, warmup_steps=SEED_WARMUP)
   trainer = make_trainer(sft_objective(session.model, session.compute), optimizer, 1)
+  name = stage.partition('/')[0]
   every, limit = FLAGS.seed_check_every, FLAGS.seed_max_steps
+  target = float(FLAGS[accuracy].value or 0)
 
   def stop(step: int, params: dict) -> bool:
     if step < min(FLAGS.seed_first_check, limit):
       return False
     numbers = greedy_accuracy(session, engine, params, dev.problems, dev.prompts, rule)
-    session.metrics.rewind(0, 'seed', step - 1)
-    session.metrics.write(0, 'seed', step, numbers)
+    session.metrics.rewind(0, name, step - 1)
+    session.metrics.write(0, name, step, numbers)
     session.metrics.sync()
-    accuracy = numbers['greedy_accuracy']
-    session.progress.line(f'  seed: greedy dev accuracy {accuracy:.3f} at step {step}')
-    if step >= limit and accuracy < FLAGS.seed_accuracy:
+    reached = numbers['greedy_accuracy']
+    session.progress.line(f'  {name}: greedy dev accuracy {reached:.3f} at step {step}')
+    if step >= limit and reached < target:
       raise InputError(
-          'the seed model did not reach its accuracy', where='--seed_max_steps',
-          expected=f'{FLAGS.seed_accuracy} on dev problems by step {limit}', found=accuracy,
-          fix='Raise --seed_max_steps, or lower --seed_accuracy or --world_max_steps')
-    return accuracy >= FLAGS.seed_accuracy
+          f'the {name} model did not reach its accuracy', where='--seed_max_steps',
+          expected=f'{target} on dev problems by step {limit}', found=reached,
+          fix=f'Raise --seed_max_steps, or lower --{accuracy} or --world_max_steps')
+    return reached >= target
 
   batches = shuffled_batches(
       rows, batch_size=FLAGS.seed_batch_size, seed=session.stream_seed(0, TRAIN_STREAM),
       collate=functools.partial(sequence_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
   # One step past the limit: `stop` is asked at the limit, and ends or refuses there.
   train_stage(
-      session, 'seed/train', 0, start, trainer, batches,
+      session, stage, 0, untrained, trainer, batches,
       LoopConfig(steps=limit + 1, log_every=every, save_every=every), stop=stop)
-  return session.run.path('seed/train', 'seed/model')
+  return session.run.path(stage, f'{name}/model')
 
 
 def check_flags() -> None:

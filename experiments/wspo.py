@@ -321,7 +321,8 @@ def embedded(session: Session, folder: epath.Path) -> Inputs:
   strong = world.seed_stage(session, folder, engine_for(session), rule, dev, lengths)
   start = wspo_world.start_stage(session, folder)
   weak = session_for(session, start)
-  base = wspo_world.weak_seed_stage(weak, folder, start, engine_for(weak), rule, dev, lengths)
+  base = world.seed_stage(weak, folder, engine_for(weak), rule, dev, lengths, stage='weak/sft',
+                          start=start, accuracy='weak_accuracy')
   aligned = wspo_world.align_stage(session, folder, base)
   return Inputs(strong, {'base': base, 'aligned': aligned},
                 wspo_world.preference_stage(session, folder), folder / 'test.jsonl')

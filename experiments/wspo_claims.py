@@ -10,14 +10,12 @@ The folder is --output, by default runs/wspo_claims.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 
 from absl import flags
 from etils import epath
 
-from experiments import claims_flags, common_flags, output_flag, wspo_flags
+from experiments import claims, common_flags, output_flag, wspo_flags
 from experiments.wspo_table import compare, greedy, points
 from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import mean_estimate
@@ -25,25 +23,11 @@ from jaxrl.runs.manifest import read_manifest
 from jaxrl.runs.progress import Progress
 
 FLAGS = flags.FLAGS
-for module in (claims_flags, output_flag):
+for module in (claims, output_flag):
   flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/wspo_claims'        # folder of the runs and summary.json
 GAMMAS = flags.DEFINE_list('gammas', ['0.5', '0.1', '1'], 'Values of gamma; the claims on accuracy '
                            'are about the first.')
-
-
-def start_run(folder: epath.Path, arguments: Sequence[str]) -> None:
-  """One `experiments.wspo` in its own process; its output is shown as it comes.
-
-  Raises:
-    InputError: the run ended with an error.
-  """
-  command = [sys.executable, '-m', 'experiments.wspo', f'--run_dir={folder}', *arguments,
-             *FLAGS.with_flag]
-  print('$', ' '.join(command[1:]), flush=True)
-  if (status := subprocess.run(command).returncode) != 0:
-    raise InputError('a run failed', where=folder, expected='exit status 0', found=status,
-                     fix='See its message above; the same command goes on from there')
 
 
 def run_all(output: epath.Path, seeds: Sequence[int], gammas: Sequence[float]) -> dict:
@@ -51,12 +35,13 @@ def run_all(output: epath.Path, seeds: Sequence[int], gammas: Sequence[float]) -
   folders: dict[int, dict[float, epath.Path]] = {}
   for seed in seeds:
     first = output / f'seed_{seed}_gamma_{gammas[0]:g}'
-    start_run(first, [f'--seed={seed}', f'--gamma={gammas[0]:g}', *FLAGS.with_world_flag])
+    claims.start_run('wspo', first, [f'--seed={seed}', f'--gamma={gammas[0]:g}'],
+                     makes_world=True)
     folders[seed] = {gammas[0]: first}
     aligned = sorted((first / 'weak' / 'irpo').glob('iteration_*/model'))[-1]
     for gamma in gammas[1:]:
       folder = output / f'seed_{seed}_gamma_{gamma:g}'
-      start_run(folder, [
+      claims.start_run('wspo', folder, [
           f'--flagfile={wspo_flags.WORLD_FLAGS}', f'--seed={seed}', f'--gamma={gamma:g}',
           f'--model={first}/seed/model', f'--weak_base={first}/weak/model',
           f'--weak_aligned={aligned}', f'--train={first}/weak/preferences.jsonl',
@@ -150,17 +135,15 @@ def show(summary: Mapping) -> None:
 def main(argv) -> None:
   del argv
   try:
-    seeds = [int(seed) for seed in FLAGS.seeds]
     gammas = [float(gamma) for gamma in GAMMAS.value]
   except ValueError:
-    raise InputError('the list cannot be read', where='--seeds, --gammas', expected='numbers',
-                     found=','.join([*FLAGS.seeds, *GAMMAS.value])) from None
-  if not seeds or not gammas or len({*seeds}) < len(seeds) or len({*gammas}) < len(gammas):
-    raise InputError('the list cannot be used', where='--seeds, --gammas',
-                     expected='at least one number, each once',
-                     found=','.join([*FLAGS.seeds, *GAMMAS.value]))
+    raise InputError('the list cannot be read', where='--gammas', expected='numbers',
+                     found=','.join(GAMMAS.value)) from None
+  if not gammas or len({*gammas}) < len(gammas):
+    raise InputError('the list cannot be used', where='--gammas',
+                     expected='at least one number, each once', found=','.join(GAMMAS.value))
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
-  summary = summarise(run_all(output, seeds, gammas))
+  summary = summarise(run_all(output, claims.seeds(), gammas))
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))
   show(summary)
 

@@ -8,7 +8,6 @@ the weak model's (weak/model), `experiments.irpo` on the weak model in a run fol
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
@@ -18,22 +17,13 @@ import jax
 from absl import flags
 from etils import epath
 
-from experiments import irpo_flags, world
-from jaxrl.data.batches import sequence_arrays, shuffled_batches
+from experiments import irpo_flags
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
 from jaxrl.models.params import init_params
-from jaxrl.rewards.checking import AnswerRule
 from jaxrl.runs import tables
-from jaxrl.runs.evaluation_stage import greedy_accuracy
-from jaxrl.runs.problem_set import ProblemSet
-from jaxrl.runs.session import TRAIN_STREAM, Session, load_model
-from jaxrl.runs.train_stage import make_trainer, train_stage
-from jaxrl.sampling.engine import Engine
-from jaxrl.training.loop import LoopConfig
-from jaxrl.training.objectives import sft_objective
-from jaxrl.training.optimizer import OptimizerConfig
+from jaxrl.runs.session import Session
 
 FLAGS = flags.FLAGS
 
@@ -56,45 +46,6 @@ def start_stage(session: Session, folder: epath.Path) -> epath.Path:
 
   session.run.stage('weak/start', ('weak/start',), produce)
   return session.run.path('weak/start', 'weak/start')
-
-
-def weak_seed_stage(
-    session: Session, folder: epath.Path, start: epath.Path, engine: Engine, rule: AnswerRule,
-    dev: ProblemSet, lengths: tuple[int, ...],
-) -> epath.Path:
-  """Stage 'weak/sft': the weak base, trained until --weak_accuracy; returns its folder.
-
-  `session` is the weak model's. The same problems and settings as the strong model's.
-
-  Raises:
-    InputError: the accuracy was not reached within --seed_max_steps.
-  """
-  trainer = make_trainer(
-      sft_objective(session.model, session.compute),
-      OptimizerConfig(FLAGS.seed_learning_rate, warmup_steps=world.SEED_WARMUP), 1)
-  every, limit = FLAGS.seed_check_every, FLAGS.seed_max_steps
-
-  def stop(step: int, params: dict) -> bool:
-    if step < min(FLAGS.seed_first_check, limit):
-      return False
-    accuracy = greedy_accuracy(
-        session, engine, params, dev.problems, dev.prompts, rule)['greedy_accuracy']
-    session.progress.line(f'  weak base: greedy dev accuracy {accuracy:.3f} at step {step}')
-    if step >= limit and accuracy < FLAGS.weak_accuracy:
-      raise InputError(
-          'the weak model did not reach its accuracy', where='--seed_max_steps',
-          expected=f'{FLAGS.weak_accuracy} on dev problems by step {limit}', found=accuracy,
-          fix='Raise --seed_max_steps, or lower --weak_accuracy')
-    return accuracy >= FLAGS.weak_accuracy
-
-  batches = shuffled_batches(
-      world.seed_rows(session, folder), batch_size=FLAGS.seed_batch_size,
-      seed=session.stream_seed(0, TRAIN_STREAM),
-      collate=functools.partial(sequence_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
-  train_stage(
-      session, 'weak/sft', 0, load_model(session, start), trainer, batches,
-      LoopConfig(steps=limit + 1, log_every=every, save_every=every), stop=stop)
-  return session.run.path('weak/sft', 'weak/model')
 
 
 def align_stage(session: Session, folder: epath.Path, base: epath.Path) -> epath.Path:

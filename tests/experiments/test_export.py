@@ -1,7 +1,5 @@
 """`python -m experiments.export`: what transformers makes of the folder, and what stops it."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -15,14 +13,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from absl import flags
-from absl.testing import flagsaver
 
-from experiments import common_flags, export
+from experiments import export
 from jaxrl.models.hugging_face import load_params, read_config, save_model
 from jaxrl.runs.folder import open_run
 from jaxrl.runs.lock import hold_lock
 from tests import hugging_face_oracle as oracle
-from tests.experiments import irpo_runs, small_model
+from tests.experiments import in_process, irpo_runs, small_model
 
 FLAGS = flags.FLAGS
 PROMPT = [{'role': 'user', 'content': 'How many apples has Ana?'}]
@@ -30,18 +27,7 @@ PROMPT = [{'role': 'user', 'content': 'How many apples has Ana?'}]
 
 def run(*arguments: object) -> irpo_runs.Ended:
   """The command in this process."""
-  status, out, err = 0, io.StringIO(), io.StringIO()
-  with flagsaver.flagsaver(), contextlib.ExitStack() as stack:
-    stack.enter_context(contextlib.redirect_stdout(out))
-    stack.enter_context(contextlib.redirect_stderr(err))
-    FLAGS.unparse_flags()
-    stack.callback(FLAGS.mark_as_parsed)   # flagsaver reads values when it restores them
-    try:
-      common_flags.ends_with_sentence(lambda: export.main(
-          common_flags.only_flags(FLAGS(['export', '--mesh=1,8,1', *map(str, arguments)]))))()
-    except SystemExit as end:
-      status = int(end.code or 0)
-  return irpo_runs.Ended(status, out.getvalue(), err.getvalue())
+  return in_process.run(export, '--mesh=1,8,1', *arguments)
 
 
 def write_run(folder, model, iterations=2):

@@ -1,9 +1,7 @@
 """`python -m experiments.score`: numbers of transformers, order, and what stops it."""
 
-import contextlib
 import dataclasses
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -16,14 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from absl import flags
-from absl.testing import flagsaver
 
-from experiments import common_flags, score
+from experiments import score
 from jaxrl.models.config import Lora
 from jaxrl.models.hugging_face import load_params, read_config, save_model
 from jaxrl.models.lora import attach, init_adapter, merge
 from jaxrl.models.peft_folder import write_adapter
-from tests.experiments import irpo_runs, small_model
+from tests.experiments import in_process, irpo_runs, small_model
 from tests.family_shapes import SHAPES
 from tests.jaxrl.tokens import small_tokenizers
 
@@ -39,18 +36,7 @@ ROWS = [
 
 def run(*arguments: object) -> irpo_runs.Ended:
   """The command in this process."""
-  status, out, err = 0, io.StringIO(), io.StringIO()
-  with flagsaver.flagsaver(), contextlib.ExitStack() as stack:
-    stack.enter_context(contextlib.redirect_stdout(out))
-    stack.enter_context(contextlib.redirect_stderr(err))
-    FLAGS.unparse_flags()
-    stack.callback(FLAGS.mark_as_parsed)   # flagsaver reads values when it restores them
-    try:
-      common_flags.ends_with_sentence(lambda: score.main(
-          common_flags.only_flags(FLAGS(['score', *map(str, arguments)]))))()
-    except SystemExit as end:
-      status = int(end.code or 0)
-  return irpo_runs.Ended(status, out.getvalue(), err.getvalue())
+  return in_process.run(score, *arguments)
 
 
 def write(path, rows):

@@ -1,9 +1,7 @@
 """`python -m experiments.sft`: what it trains on, what it counts, and going on after a kill."""
 
-import contextlib
 import dataclasses
 import gzip
-import io
 import json
 import math
 import pathlib
@@ -16,14 +14,14 @@ from absl import flags
 from absl.testing import flagsaver
 from etils import epath
 
-from experiments import common_flags, sft, sft_flags
+from experiments import sft, sft_flags
 from jaxrl.data.readers import Example
 from jaxrl.errors import InputError
 from jaxrl.runs.metrics import read_metrics
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.tokens.tokenizer import load_tokenizer
 from jaxrl.training import checkpoint
-from tests.experiments import irpo_runs
+from tests.experiments import in_process, irpo_runs
 
 FLAGS = flags.FLAGS
 SMALL = (
@@ -33,18 +31,7 @@ SMALL = (
 
 def run(*arguments: object) -> irpo_runs.Ended:
   """The command in this process."""
-  status, out, err = 0, io.StringIO(), io.StringIO()
-  with flagsaver.flagsaver(), contextlib.ExitStack() as stack:
-    stack.enter_context(contextlib.redirect_stdout(out))
-    stack.enter_context(contextlib.redirect_stderr(err))
-    FLAGS.unparse_flags()
-    stack.callback(FLAGS.mark_as_parsed)   # flagsaver reads values when it restores them
-    try:
-      rest = common_flags.ends_with_sentence(sft_flags.parse)(['sft', *map(str, arguments)])
-      common_flags.ends_with_sentence(sft.main)(rest)
-    except SystemExit as end:
-      status = int(end.code or 0)
-  return irpo_runs.Ended(status, out.getvalue(), err.getvalue())
+  return in_process.run(sft, *arguments, parse=sft_flags.parse)
 
 
 @pytest.fixture(scope='module')
