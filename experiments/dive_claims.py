@@ -18,7 +18,8 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import claims, common_flags, dive_flags, output_flag
+from experiments import claim_runs, common_flags, dive_flags, findings, output_flag
+from experiments.findings import FAILS, HOLDS, OPEN, PERCENT, POINTS, finding, remark
 from jaxrl.evaluation.diversity import EQUATION, by_side, solved_share
 from jaxrl.evaluation.statistics import Estimate, mean_estimate, paired_difference
 from jaxrl.evaluation.text_embedding import hashed_ngrams
@@ -27,7 +28,7 @@ from jaxrl.runs.progress import Progress
 from jaxrl.runs.tables import EVALUATION, read_table
 
 FLAGS = flags.FLAGS
-for module in (claims, output_flag):
+for module in (claim_runs, output_flag):
   flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/dive_claims'        # folder of the runs and summary.json
 
@@ -40,6 +41,18 @@ VARIANTS = {
 MEASURES = {
     'distinct-n, right': 'positive/distinct_n', 'distinct-n, wrong': 'negative/distinct_n',
     'embedding, right': 'positive/embedding', 'embedding, wrong': 'negative/embedding'}
+# Measure -> vanilla and global + selection with 10 samples, the same with 50, on GSM8K.
+PUBLISHED = {
+    'distinct-n, right': (0.345, 0.397, 0.309, 0.448),
+    'distinct-n, wrong': (0.454, 0.507, 0.380, 0.502),
+    'embedding, right': (0.111, 0.132, 0.106, 0.152),
+    'embedding, wrong': (0.168, 0.196, 0.168, 0.224)}
+# Variant -> how its accuracy differs from that of vanilla on GSM8K with 10 and 50 samples.
+PUBLISHED_ACCURACY = {
+    'global': '+0.3 and -0.2', 'selection': '-0.1 and -0.2', BOTH: '+0.3 and +0.4'}
+PUBLISHED_FALL = {
+    'embedding, right': 'falls by 20% (hard questions) to 44% (easy ones)',
+    'embedding, wrong': 'falls by 25% (hard questions) to 53% (easy ones)'}
 LEAST = 0.10                 # the smallest of the published gains; the largest is 0.45
 RESAMPLES = 2000
 FEWEST = 10                  # questions that an interval over questions takes
@@ -48,22 +61,21 @@ NO_DIVERSITY = 1e-6          # what rounding leaves of the distance of equal tex
 ByQuestion = Mapping[str, float]            # prompt_id -> a measure of its responses
 
 
-def run_all(output: epath.Path, seeds: Sequence[int]) -> dict[int, dict[str, epath.Path]]:
-  """Seed -> variant -> run folder; the vanilla run makes the world and the seed model."""
-  folders: dict[int, dict[str, epath.Path]] = {}
-  for seed in seeds:
-    first = output / f'seed_{seed}_{VANILLA}'
-    claims.start_run('dive', first, [f'--seed={seed}', *VARIANTS[VANILLA]], makes_world=True)
-    folders[seed] = {VANILLA: first}
-    for variant, switches in VARIANTS.items():
-      if variant != VANILLA:
-        folder = output / f'seed_{seed}_{variant.replace(" + ", "_")}'
-        claims.start_run('dive', folder, [
-            f'--flagfile={dive_flags.WORLD_FLAGS}', f'--seed={seed}', *switches,
-            f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
-            f'--test={first}/world/test.jsonl'])
-        folders[seed][variant] = folder
-  return folders
+def folders(output: epath.Path, seed: int) -> dict[str, epath.Path]:
+  """The run folders of one seed by variant."""
+  return {name: output / f'seed_{seed}_{name.replace(" + ", "_")}' for name in VARIANTS}
+
+
+def run_seed(output: epath.Path, seed: int) -> None:
+  """The runs of one seed; the vanilla run makes the world and the seed model."""
+  found = folders(output, seed)
+  first = found.pop(VANILLA)
+  claim_runs.start_run('dive', first, [f'--seed={seed}', *VARIANTS[VANILLA]], makes_world=True)
+  for variant, folder in found.items():
+    claim_runs.start_run('dive', folder, [
+        *claim_runs.without_world(dive_flags.WORLD_FLAGS), f'--seed={seed}', *VARIANTS[variant],
+        f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
+        f'--test={first}/world/test.jsonl'])
 
 
 def by_question(rows: Iterable[Mapping]) -> dict[str, dict[str, float]]:
@@ -112,10 +124,10 @@ def greedy(rows: Iterable[Mapping]) -> dict[str, bool]:
   return {key: right[key] for key in sorted(right)}
 
 
-def summarise(folders: Mapping[int, Mapping[str, epath.Path]]) -> dict:
-  """Everything the tables and verdicts are made of."""
+def summarise(runs: Mapping[int, Mapping[str, epath.Path]]) -> dict:
+  """Everything the tables and verdicts are made of, from the run folders by seed and variant."""
   seeds = []
-  for seed, by_variant in folders.items():
+  for seed, by_variant in runs.items():
     row: dict = {'seed': seed, 'variants': {}}
     diversity: dict[str, dict[str, dict[str, float]]] = {}
     for variant, folder in by_variant.items():
@@ -157,29 +169,31 @@ def verdicts(seeds: Sequence[Mapping]) -> dict[str, dict]:
   found = {
       f'{BOTH} is at least {LEAST:.0%} more diverse than vanilla: {name}': _judge(
           [row['variants'][BOTH]['gain'][name] for row in seeds],
-          holds=lambda e: e.low > 0 and e.value >= LEAST, fails=lambda e: e.high < LEAST)
-      for name in MEASURES}
+          holds=lambda e: e.low > 0 and e.value >= LEAST, fails=lambda e: e.high < LEAST,
+          published=f'{after / before - 1:+.0%} with 10 samples, {after_50 / before_50 - 1:+.0%} '
+                    'with 50 on GSM8K')
+      for name, (before, after, before_50, after_50) in PUBLISHED.items()}
   for variant in VARIANTS:
     if variant != VANILLA:
       found[f'{variant} is not less accurate than vanilla'] = _judge_accuracy(seeds, variant)
   return found | {
       f'vanilla ends less diverse than it starts: {name}': _judge(
           [row['variants'][VANILLA]['change'][name] for row in seeds],
-          holds=lambda e: e.high < 0, fails=lambda e: e.low > 0)
+          holds=lambda e: e.high < 0, fails=lambda e: e.low > 0,
+          published=PUBLISHED_FALL.get(name, 'falls (curves, no figure)'))
       for name in MEASURES}
 
 
-def _judge(each: Sequence[Mapping | None], *, holds, fails) -> dict[str, str]:
+def _judge(each: Sequence[Mapping | None], *, holds, fails, published: str) -> dict[str, str]:
   """A verdict on the mean over seeds by its interval; of a single seed by its own interval."""
   known = [Estimate(**e) for e in each if e is not None]
   if len(known) < len(each):
-    return {'verdict': 'undecided',
-            'seen': f'{len(each) - len(known)} of {len(each)} seeds have fewer than {FEWEST} '
-                    'questions with two such responses, or no diversity to begin with'}
-  mean = known[0] if len(known) == 1 else mean_estimate([e.value for e in known])
-  verdict = 'holds' if holds(mean) else 'does not hold' if fails(mean) else 'undecided'
-  text = '; per seed ' + ', '.join(map(_percent, known)) if len(known) > 1 else ''
-  return {'verdict': verdict, 'seen': f'{_percent(mean)}{text}'}
+    return remark(OPEN, f'{len(each) - len(known)} of {len(each)} seeds have fewer than {FEWEST} '
+                  'questions with two such responses, or no diversity to begin with',
+                  published=published)
+  mean = findings.over_seeds(known)
+  verdict = HOLDS if holds(mean) else FAILS if fails(mean) else OPEN
+  return finding(verdict, PERCENT, mean, known, published=published)
 
 
 def _judge_accuracy(seeds: Sequence[Mapping], variant: str) -> dict[str, str]:
@@ -187,17 +201,9 @@ def _judge_accuracy(seeds: Sequence[Mapping], variant: str) -> dict[str, str]:
   pairs = [(row['variants'][VANILLA]['right'], row['variants'][variant]['right']) for row in seeds]
   pooled = paired_difference(
       [x for before, _ in pairs for x in before], [x for _, after in pairs for x in after])
-  each = ', '.join(_points(paired_difference(*pair)) for pair in pairs)
-  return {'verdict': 'holds' if pooled.high >= 0 else 'does not hold',
-          'seen': f'{_points(pooled)} points; per seed {each}'}
-
-
-def _percent(e: Estimate) -> str:
-  return f'{100 * e.value:+.1f}% [{100 * e.low:+.1f}, {100 * e.high:+.1f}]'
-
-
-def _points(e: Estimate) -> str:
-  return f'{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]'
+  return finding(HOLDS if pooled.high >= 0 else FAILS, POINTS, pooled,
+                 [paired_difference(*pair) for pair in pairs],
+                 published=f'{PUBLISHED_ACCURACY[variant]} points with 10 and 50 samples on GSM8K')
 
 
 def show(summary: Mapping) -> None:
@@ -216,11 +222,14 @@ def show(summary: Mapping) -> None:
   progress.table(
       'Relative to vanilla', ('seed', 'variant', *MEASURES),
       [[row['seed'], variant, *(
-          '-' if e is None else _percent(Estimate(**e)) for e in found['gain'].values())]
+          '-' if e is None else _gain(Estimate(**e)) for e in found['gain'].values())]
        for row in summary['seeds'] for variant, found in row['variants'].items()
        if 'gain' in found])
-  progress.table('Claims', ('claim', 'verdict', 'seen'),
-                 [[claim, v['verdict'], v['seen']] for claim, v in summary['verdicts'].items()])
+  progress.table('Claims', findings.COLUMNS, findings.table(summary['verdicts']))
+
+
+def _gain(e: Estimate) -> str:
+  return f'{PERCENT.number(e.value)}% {PERCENT.interval(e)}'
 
 
 def _interval(found: Mapping | None) -> str:
@@ -230,7 +239,10 @@ def _interval(found: Mapping | None) -> str:
 def main(argv) -> None:
   del argv
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
-  summary = summarise(run_all(output, claims.seeds()))
+  seeds = claim_runs.seeds()
+  for seed in seeds:
+    run_seed(output, seed)
+  summary = summarise({seed: folders(output, seed) for seed in seeds})
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))
   show(summary)
 

@@ -11,14 +11,30 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from absl import flags
 from etils import epath
 
-from experiments import claims, common_flags, irpo_flags, output_flag, scpo_flags
+from experiments import (
+    claim_runs,
+    common_flags,
+    findings,
+    irpo_flags,
+    output_flag,
+    scpo_flags,
+)
+from experiments.findings import (
+    CORRELATION,
+    FAILS,
+    HOLDS,
+    NOT_PUBLISHED,
+    OPEN,
+    POINTS,
+    finding,
+    over_seeds,
+)
 from experiments.irpo_ablation import compare, greedy, last_iteration
-from jaxrl.evaluation.statistics import Estimate, mean_estimate
+from jaxrl.evaluation.statistics import Estimate
 from jaxrl.evaluation.vote_correlation import vote_correlation
 from jaxrl.runs.folder import FLAGS as FLAGS_FILE
 from jaxrl.runs.folder import decode_flags
@@ -26,7 +42,7 @@ from jaxrl.runs.progress import Progress
 from jaxrl.runs.tables import SCORES, read_table
 
 FLAGS = flags.FLAGS
-for module in (claims, output_flag):
+for module in (claim_runs, output_flag):
   flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/scpo_claims'        # folder of the runs and summary.json
 VARIANTS = ('ScPO', 'ScPO unweighted', 'IRPO with gold')
@@ -34,25 +50,20 @@ CLOSE = 0.05        # 'within a few points': of accuracy
 EQUAL = 0.02        # 'worse or equal': what still counts as equal
 
 
-def run_seed(output: epath.Path, seed: int) -> dict[str, epath.Path]:
-  """The runs of one seed by variant; the first one makes world and seed model for all."""
-  folders = {
-      name: output / f'seed_{seed}_{name.lower().replace(" ", "_")}' for name in VARIANTS}
-  first = folders['ScPO']
-  claims.start_run('scpo', first, [f'--seed={seed}'], makes_world=True)
+def folders(output: epath.Path, seed: int) -> dict[str, epath.Path]:
+  """The run folders of one seed by variant."""
+  return {name: output / f'seed_{seed}_{name.lower().replace(" ", "_")}' for name in VARIANTS}
+
+
+def run_seed(output: epath.Path, seed: int) -> None:
+  """The runs of one seed; the first one makes world and seed model for all."""
+  first, unweighted, with_gold = folders(output, seed).values()
+  claim_runs.start_run('scpo', first, [f'--seed={seed}'], makes_world=True)
   given = [f'--seed={seed}', f'--model={first}/seed/model', f'--train={first}/world/train.jsonl',
            f'--test={first}/world/test.jsonl']
-  claims.start_run('scpo', folders['ScPO unweighted'],
-                   [*without_world(scpo_flags.WORLD_FLAGS), *given, '--noweighted'])
-  claims.start_run('irpo', folders['IRPO with gold'],
-                   [f'--flagfile={irpo_flags.WORLD_FLAGS}', *given])
-  return folders
-
-
-def without_world(path: Path) -> list[str]:
-  """Flags of a file for a run that is given its model, and so has no world to make."""
-  return [line for line in path.read_text().splitlines()
-          if line.startswith('--') and not line.startswith(('--world_', '--seed_'))]
+  claim_runs.start_run('scpo', unweighted, [
+      *claim_runs.without_world(scpo_flags.WORLD_FLAGS), *given, '--noweighted'])
+  claim_runs.start_run('irpo', with_gold, [f'--flagfile={irpo_flags.WORLD_FLAGS}', *given])
 
 
 def votes_of(folder: epath.Path) -> list[dict]:
@@ -70,10 +81,10 @@ def votes_of(folder: epath.Path) -> list[dict]:
   return found
 
 
-def summarise(folders: Mapping[int, Mapping[str, epath.Path]]) -> dict:
-  """Everything the tables and verdicts are made of."""
+def summarise(runs: Mapping[int, Mapping[str, epath.Path]]) -> dict:
+  """Everything the tables and verdicts are made of, from the run folders by seed and variant."""
   seeds = []
-  for seed, by_variant in folders.items():
+  for seed, by_variant in runs.items():
     start = greedy(by_variant['ScPO'], 0)
     final = {name: greedy(f, last_iteration(f)) for name, f in by_variant.items()}
     seeds.append({
@@ -88,53 +99,44 @@ def summarise(folders: Mapping[int, Mapping[str, epath.Path]]) -> dict:
   return {'seeds': seeds, 'verdicts': verdicts(seeds)}
 
 
-def over_seeds(estimates: Sequence[Mapping]) -> Estimate:
-  """Mean with its interval over seeds; of a single seed the interval over its problems."""
-  if len(estimates) == 1:
-    return Estimate(**estimates[0])
-  return mean_estimate([e['value'] for e in estimates])
-
-
 def above(estimate: Estimate, threshold: float) -> str:
   """'holds' where the whole interval is above the threshold, 'does not hold' where it is below."""
   if estimate.low > threshold:
-    return 'holds'
-  return 'does not hold' if estimate.high < threshold else 'undecided'
+    return HOLDS
+  return FAILS if estimate.high < threshold else OPEN
 
 
 def verdicts(seeds: Sequence[Mapping]) -> dict[str, dict]:
   """Each claim with its figure over seeds and whether it holds."""
   found = {}
-  for claim, key, threshold in (
-      ('without any gold answer accuracy rises over the iterations', 'gain', 0.0),
-      (f'it ends within {100 * CLOSE:.0f} points of IRPO with gold', 'to_irpo', -CLOSE),
+  for claim, key, threshold, published in (
+      ('without any gold answer accuracy rises over the iterations', 'gain', 0.0,
+       '+22.7 points on GSM8K (41.2 to 63.9), +5.3 on MATH in 2 iterations'),
+      (f'it ends within {100 * CLOSE:.0f} points of IRPO with gold', 'to_irpo', -CLOSE,
+       '-0.4 points on GSM8K (63.9, IRPO 64.3), -0.6 on MATH'),
       (f'without weights it ends lower, or equal to {100 * EQUAL:.0f} points', 'to_unweighted',
-       -EQUAL)):
-    estimate = over_seeds([row[key] for row in seeds])
-    found[claim] = {
-        'verdict': above(estimate, threshold),
-        'seen': f'{_points(estimate)} over seeds; per seed '
-                + ', '.join(_points(Estimate(**row[key])) for row in seeds)}
+       -EQUAL, 'with minus without: +1.3 points on GSM8K (63.9, 62.6), +1.0 on MATH')):
+    each = [Estimate(**row[key]) for row in seeds]
+    estimate = over_seeds(each)
+    found[claim] = finding(above(estimate, threshold), POINTS, estimate, each, published=published)
   correlations = [x['correlation'] for row in seeds for x in row['votes']
                   if x['correlation'] is not None]
-  of_seeds = mean_estimate([row['votes'][0]['correlation'] or 0.0 for row in seeds])
-  found['votes tell right answers from wrong ones'] = {
-      'verdict': above(of_seeds, 0.0),
-      'seen': f"Somers' D of the seed model's samples {_plain(of_seeds)}; over all iterations "
-              f'{min(correlations, default=0):.2f} to {max(correlations, default=0):.2f}'}
-  rise = mean_estimate([row['votes'][-1]['top'] - row['votes'][0]['top'] for row in seeds])
-  found['the share of the top answer rises over the iterations'] = {
-      'verdict': above(rise, 0.0), 'seen': f'{_points(rise)} over seeds'}
+  each = [_exactly(row['votes'][0]['correlation'] or 0.0) for row in seeds]
+  of_seeds = over_seeds(each)
+  found['votes tell right answers from wrong ones'] = finding(
+      above(of_seeds, 0.0), CORRELATION, of_seeds, each,
+      published="Somers' D 0.80 on GSM8K, 0.68 on MATH, 0.92 on ZebraLogic",
+      more=f"Somers' D of the seed model's samples; over all iterations "
+           f'{min(correlations, default=0):.2f} to {max(correlations, default=0):.2f}')
+  each = [_exactly(row['votes'][-1]['top'] - row['votes'][0]['top']) for row in seeds]
+  rise = over_seeds(each)
+  found['the share of the top answer rises over the iterations'] = finding(
+      above(rise, 0.0), POINTS, rise, each, published=NOT_PUBLISHED)
   return found
 
 
-def _points(estimate: Estimate) -> str:
-  return (f'{100 * estimate.value:+.1f} points [{100 * estimate.low:+.1f}, '
-          f'{100 * estimate.high:+.1f}]')
-
-
-def _plain(estimate: Estimate) -> str:
-  return f'{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]'
+def _exactly(value: float) -> Estimate:
+  return Estimate(value, value, value)
 
 
 def show(summary: Mapping) -> None:
@@ -143,14 +145,16 @@ def show(summary: Mapping) -> None:
       'Greedy accuracy on held-out problems, %', ('seed', 'variant', 'by iteration'),
       [[row['seed'], name, ' '.join(f'{100 * x:.1f}' for x in row['by_iteration'][name])]
        for row in summary['seeds'] for name in VARIANTS])
-  progress.table('Claims', ('claim', 'verdict', 'seen'),
-                 [[claim, v['verdict'], v['seen']] for claim, v in summary['verdicts'].items()])
+  progress.table('Claims', findings.COLUMNS, findings.table(summary['verdicts']))
 
 
 def main(argv) -> None:
   del argv
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
-  summary = summarise({seed: run_seed(output, seed) for seed in claims.seeds()})
+  seeds = claim_runs.seeds()
+  for seed in seeds:
+    run_seed(output, seed)
+  summary = summarise({seed: folders(output, seed) for seed in seeds})
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))
   show(summary)
 

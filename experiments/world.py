@@ -17,7 +17,7 @@ from etils import epath
 
 from experiments import common_flags
 from jaxrl.data.batches import TokenRow, sequence_arrays, shuffled_batches
-from jaxrl.data.world import SPLITS, WorldProblem, problems
+from jaxrl.data.world import SPLITS, STYLES, WorldProblem, problems
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
@@ -47,6 +47,9 @@ flags.DEFINE_integer('world_dev', 200, 'Problems that decide when the seed is go
 flags.DEFINE_integer('world_test', 400, 'Held-out problems.', lower_bound=1)
 flags.DEFINE_integer('world_min_steps', 2, 'Fewest operations in a problem.', lower_bound=1)
 flags.DEFINE_integer('world_max_steps', 4, 'Most operations in a problem.', lower_bound=1)
+# Unset rather than 1: the flags of a run of one style stay those of the runs before there were any.
+flags.DEFINE_integer('world_styles', None, 'Styles of reasoning that worked solutions are written '
+                     'in; default: one.', lower_bound=1, upper_bound=len(STYLES))
 flags.DEFINE_float('seed_accuracy', 0.4, 'Greedy dev accuracy at which the seed stops training.',
                    lower_bound=0.0, upper_bound=1.0)
 flags.DEFINE_integer('seed_max_steps', 600, 'Most steps of the seed.', lower_bound=1)
@@ -99,7 +102,7 @@ def write_world(folder: epath.Path, seed: int, writing: Writing | None = None) -
   for split in SPLITS:
     made = list(problems(
         split, int(FLAGS[f'world_{split}'].value or 0), seed=seed, min_steps=FLAGS.world_min_steps,
-        max_steps=FLAGS.world_max_steps))
+        max_steps=FLAGS.world_max_steps, styles=FLAGS.world_styles or 1))
     rows = []
     for p in made:
       row = {'id': p.id, 'question': p.question, 'answer': str(p.answer)}

@@ -15,45 +15,71 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from etils import epath
 
-from experiments import claims, common_flags, output_flag, wspo_flags
+from experiments import claim_runs, common_flags, findings, output_flag, wspo_flags
+from experiments.findings import (
+    FAILS,
+    HOLDS,
+    NOT_PUBLISHED,
+    OPEN,
+    POINTS,
+    finding,
+    over_seeds,
+    remark,
+)
 from experiments.wspo_table import compare, greedy, points
 from jaxrl.errors import InputError
-from jaxrl.evaluation.statistics import mean_estimate
+from jaxrl.evaluation.statistics import Estimate
 from jaxrl.runs.manifest import read_manifest
 from jaxrl.runs.progress import Progress
 
 FLAGS = flags.FLAGS
-for module in (claims, output_flag):
+for module in (claim_runs, output_flag):
   flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/wspo_claims'        # folder of the runs and summary.json
 GAMMAS = flags.DEFINE_list('gammas', ['0.5', '0.1', '1'], 'Values of gamma; the claims on accuracy '
                            'are about the first.')
 
 
-def run_all(output: epath.Path, seeds: Sequence[int], gammas: Sequence[float]) -> dict:
-  """Seed -> gamma -> run folder."""
-  folders: dict[int, dict[float, epath.Path]] = {}
-  for seed in seeds:
-    first = output / f'seed_{seed}_gamma_{gammas[0]:g}'
-    claims.start_run('wspo', first, [f'--seed={seed}', f'--gamma={gammas[0]:g}'],
-                     makes_world=True)
-    folders[seed] = {gammas[0]: first}
-    aligned = sorted((first / 'weak' / 'irpo').glob('iteration_*/model'))[-1]
-    for gamma in gammas[1:]:
-      folder = output / f'seed_{seed}_gamma_{gamma:g}'
-      claims.start_run('wspo', folder, [
-          f'--flagfile={wspo_flags.WORLD_FLAGS}', f'--seed={seed}', f'--gamma={gamma:g}',
-          f'--model={first}/seed/model', f'--weak_base={first}/weak/model',
-          f'--weak_aligned={aligned}', f'--train={first}/weak/preferences.jsonl',
-          f'--test={first}/world/test.jsonl'])
-      folders[seed][gamma] = folder
-  return folders
+def gammas() -> list[float]:
+  """The values of --gammas.
+
+  Raises:
+    InputError: none, not numbers, or one twice.
+  """
+  text = ','.join(GAMMAS.value)
+  try:
+    found = [float(gamma) for gamma in GAMMAS.value]
+  except ValueError:
+    raise InputError('the list cannot be read', where='--gammas', expected='numbers',
+                     found=text) from None
+  if not found or len({*found}) < len(found):
+    raise InputError('the list cannot be used', where='--gammas',
+                     expected='at least one number, each once', found=text)
+  return found
 
 
-def summarise(folders: Mapping[int, Mapping[float, epath.Path]]) -> dict:
-  """Everything the tables and verdicts are made of."""
+def folders(output: epath.Path, seed: int) -> dict[float, epath.Path]:
+  """The run folders of one seed by gamma."""
+  return {gamma: output / f'seed_{seed}_gamma_{gamma:g}' for gamma in gammas()}
+
+
+def run_seed(output: epath.Path, seed: int) -> None:
+  """The runs of one seed; the first one makes the world and all models."""
+  (gamma, first), *others = folders(output, seed).items()
+  claim_runs.start_run('wspo', first, [f'--seed={seed}', f'--gamma={gamma:g}'], makes_world=True)
+  aligned = sorted((first / 'weak' / 'irpo').glob('iteration_*/model'))[-1]
+  for gamma, folder in others:
+    claim_runs.start_run('wspo', folder, [
+        f'--flagfile={wspo_flags.WORLD_FLAGS}', f'--seed={seed}', f'--gamma={gamma:g}',
+        f'--model={first}/seed/model', f'--weak_base={first}/weak/model',
+        f'--weak_aligned={aligned}', f'--train={first}/weak/preferences.jsonl',
+        f'--test={first}/world/test.jsonl'])
+
+
+def summarise(runs: Mapping[int, Mapping[float, epath.Path]]) -> dict:
+  """Everything the tables and verdicts are made of, from the run folders by seed and gamma."""
   seeds = []
-  for seed, by_gamma in folders.items():
+  for seed, by_gamma in runs.items():
     row: dict = {'seed': seed, 'gammas': []}
     for gamma, folder in by_gamma.items():
       right = greedy(folder)
@@ -77,29 +103,27 @@ def verdicts(seeds: Sequence[Mapping]) -> dict[str, dict]:
   """Each claim with its figure over seeds: holds, does not hold or undecided."""
   first = [row['gammas'][0] for row in seeds]
   claims = {
-      'the weak model was aligned: it exceeds its base': 'weak gain',
-      'the strong model that learned from the weak pair exceeds the aligned weak model':
-          'over weak aligned',
-      'and exceeds its own base': 'over strong base'}
-  found = {claim: judge([row[name] for row in first]) for claim, name in claims.items()}
+      'the weak model was aligned: it exceeds its base': ('weak gain', NOT_PUBLISHED),
+      'the strong model that learned from the weak pair exceeds the aligned weak model': (
+          'over weak aligned', 'win rate on HH dialogue about 0.62 against 0.50 (7B against '
+          'aligned 1.5B, temperature 0.7, read off a figure)'),
+      'and exceeds its own base': (
+          'over strong base', '+9.9 points on Arena-Hard (39.7 to 49.6)')}
+  found = {claim: judge([row[name] for row in first], published)
+           for claim, (name, published) in claims.items()}
   if len(seeds[0]['gammas']) > 1:
     found['the smaller gamma, the larger the strong log-ratio to the weak one'] = amplifies(seeds)
   return found
 
 
-def judge(differences: Sequence[Mapping]) -> dict:
+def judge(differences: Sequence[Mapping], published: str) -> dict:
   """Whether a paired difference is positive, by every seed's interval or by that over seeds."""
-  values = [d['value'] for d in differences]
-  each = ', '.join(d['text'] for d in differences)
-  low, high = min(d['low'] for d in differences), max(d['high'] for d in differences)
-  text = f'per seed {each}'
-  is_above, is_below = low > 0, high < 0
-  if len(values) > 1:
-    e = mean_estimate(values)
-    is_above, is_below = is_above or e.low > 0, is_below or e.high < 0
-    text = f'mean {points(e)}; {text}'
-  return {'verdict': 'holds' if is_above else 'does not hold' if is_below else 'undecided',
-          'seen': text}
+  each = [Estimate(d['value'], d['low'], d['high']) for d in differences]
+  mean = over_seeds(each)
+  is_above = min(e.low for e in each) > 0 or mean.low > 0
+  is_below = max(e.high for e in each) < 0 or mean.high < 0
+  return finding(HOLDS if is_above else FAILS if is_below else OPEN, POINTS, mean, each,
+                 published=published)
 
 
 def amplifies(seeds: Sequence[Mapping]) -> dict:
@@ -112,8 +136,8 @@ def amplifies(seeds: Sequence[Mapping]) -> dict:
       f'seed {row["seed"]}: ' + ', '.join(
           f'{g["ratio"]:.2f} at gamma {g["gamma"]:g} (optimum {g["ratio_expected"]:.3g})'
           for g in row['gammas']) for row in seeds)
-  return {'verdict': 'holds' if all(orders) else 'undecided' if any(orders) else 'does not hold',
-          'seen': text}
+  return remark(HOLDS if all(orders) else OPEN if any(orders) else FAILS,
+                f'slope of d_s on d_w: {text}', published=NOT_PUBLISHED)
 
 
 def show(summary: Mapping) -> None:
@@ -128,22 +152,17 @@ def show(summary: Mapping) -> None:
         g['over weak aligned']['text'], g['over strong base']['text'],
         f'{g["ratio"]:.2f} of {g["ratio_expected"]:.3g}']
        for row in summary['seeds'] for g in row['gammas']])
-  progress.table('Claims', ('claim', 'verdict', 'seen'),
-                 [[claim, v['verdict'], v['seen']] for claim, v in summary['verdicts'].items()])
+  progress.table('Claims', findings.COLUMNS, findings.table(summary['verdicts']))
 
 
 def main(argv) -> None:
   del argv
-  try:
-    gammas = [float(gamma) for gamma in GAMMAS.value]
-  except ValueError:
-    raise InputError('the list cannot be read', where='--gammas', expected='numbers',
-                     found=','.join(GAMMAS.value)) from None
-  if not gammas or len({*gammas}) < len(gammas):
-    raise InputError('the list cannot be used', where='--gammas',
-                     expected='at least one number, each once', found=','.join(GAMMAS.value))
   output = epath.Path(FLAGS.output or DEFAULT_OUTPUT)
-  summary = summarise(run_all(output, claims.seeds(), gammas))
+  gammas()                     # refused before the first run
+  seeds = claim_runs.seeds()
+  for seed in seeds:
+    run_seed(output, seed)
+  summary = summarise({seed: folders(output, seed) for seed in seeds})
   (output / 'summary.json').write_text(json.dumps(summary, indent=2))
   show(summary)
 

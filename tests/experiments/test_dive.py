@@ -15,7 +15,16 @@ from absl.testing import flagsaver
 from etils import epath
 from rich.console import Console
 
-from experiments import dive, dive_claims, dive_flags, dive_table, lora_flags, sft_flags, world
+from experiments import (
+    claim_runs,
+    dive,
+    dive_claims,
+    dive_flags,
+    dive_table,
+    lora_flags,
+    sft_flags,
+    world,
+)
 from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import Estimate
 from jaxrl.evaluation.text_embedding import hashed_ngrams
@@ -350,9 +359,18 @@ def test_published_settings_of_the_first_model():
 
 @pytest.mark.parametrize('variant', dive_claims.VARIANTS)
 def test_the_world_file_goes_with_every_variant(variant):
-  config = check(f'--flagfile={dive_flags.WORLD_FLAGS}', *INPUTS, *dive_claims.VARIANTS[variant])
+  config = check(*claim_runs.without_world(dive_flags.WORLD_FLAGS), *INPUTS,
+                 *dive_claims.VARIANTS[variant])
   assert config.loss_options == {'beta': 0.4, 'alpha': 0.5}
   assert FLAGS.pairs_per_prompt < config.samples_per_prompt / 2   # else there is nothing to select
+
+
+def test_the_world_of_dive_has_several_styles_of_solutions():
+  check()
+  assert FLAGS.world_styles == 4
+  assert check('--world_styles=1') and FLAGS.world_styles == 1
+  with pytest.raises(InputError, match='world_styles.*no embedded world'):
+    check(*MODEL, '--world_styles=2')
 
 
 # Claims

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import scpo_claims, scpo_flags
+from experiments import claim_runs, scpo_claims, scpo_flags
 
 
 def seed(gain=0.2, to_irpo=-0.01, to_unweighted=0.02, correlation=0.6, rise=0.1):
@@ -36,6 +36,6 @@ def test_seeds_that_differ_leave_it_undecided():
 
 
 def test_a_run_with_a_model_gets_no_flags_of_the_world():
-  found = scpo_claims.without_world(scpo_flags.WORLD_FLAGS)
+  found = claim_runs.without_world(scpo_flags.WORLD_FLAGS)
   assert '--beta=0.1' in found and all(line.startswith('--') for line in found)
   assert not [line for line in found if line.startswith(('--world', '--seed'))]
