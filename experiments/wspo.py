@@ -57,7 +57,8 @@ from jaxrl.runs.score_stage import check_rows
 from jaxrl.runs.session import Session
 from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.runs.weak_stage import Responses, check_tokenizers, logps_stage, session_for, weak_stage
-from jaxrl.sampling.engine import Engine, EngineConfig, make_engine, rollout_params
+from jaxrl.sampling.engine import Engine, EngineConfig, make_engine
+from jaxrl.sampling.generate import engine_params
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.tokens.prompts import prompt_ids
 from jaxrl.tokens.tokenizer import response_ids
@@ -280,8 +281,7 @@ def weak_evaluation(session: Session, role: str, folder: epath.Path, test: Probl
   def produce(scratch: epath.Path) -> dict:
     weak = session_for(session, folder)
     engine = engine_for(weak)
-    params = rollout_params(
-        sessions.load_model(weak, folder).params, session.mesh, engine.config.dtype)
+    params = engine_params(engine, sessions.load_model(weak, folder).params)
     with session.progress.stage(f'evaluate weak {role}', len(test.prompts), 'samples') as bar:
       drawn = draw_rows(weak, engine, params, test.prompts, Draws(1, 0.0, 0, 0), bar)
     rows = [

@@ -14,6 +14,10 @@ import transformers
 from jaxrl.models import decoder
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import load_params, read_config
+from jaxrl.parallel.mesh import make_mesh
+from jaxrl.sampling.engine import EngineConfig, make_engine
+from jaxrl.sampling.generate import engine_params, generate
+from jaxrl.sampling.requests import Request, SamplingConfig
 from tests.family_shapes import LLAMA3_ROPE, SHAPES, SMALL
 from tests.tiny_model import QUICK
 
@@ -143,39 +147,22 @@ def torch_greedy(model, prompt: np.ndarray, steps: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
-def _prefill(params, tokens, c):
-  hidden, kv = decoder.forward(params, tokens, c, keep_kv=True)
-  return decoder.logits(params, hidden, c), kv
-
-
-@functools.partial(jax.jit, static_argnums=4, compiler_options=QUICK)
-def _decode(params, tokens, positions, cache, c):
-  hidden, cache = decoder.decode_step(params, tokens, positions, cache, c)
-  logits = decoder.logits(params, hidden, c)
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+def _logits(params, tokens, c):
+  return decoder.logits(params, decoder.forward(params, tokens, c), c)
 
 
 def our_logits(params, tokens: np.ndarray, c) -> np.ndarray:
   """[B, T, V] float32."""
-  return np.asarray(_prefill(params, jnp.asarray(tokens, jnp.int32), c)[0])
+  return np.asarray(_logits(params, jnp.asarray(tokens, jnp.int32), c))
 
 
-def our_greedy(
-    params, prompts: list[np.ndarray], c, steps: int, width: int | None = None
-) -> list[list[int]]:
-  """The next `steps` tokens of each prompt: prefill padded on the right, then `decode_step`.
-
-  With `width` the prompts are padded to that many tokens, which must hold the continuation too.
-  """
-  lengths = np.array([len(p) for p in prompts], np.int32)
-  tokens = np.zeros((len(prompts), width or lengths.max()), np.int32)
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[:len(prompt)] = prompt
-  logits, kv = _prefill(params, jnp.asarray(tokens), c)
-  room = [(0, 0), (0, 0), (0, 0 if width else steps), (0, 0), (0, 0)]
-  cache = decoder.Cache(*(jnp.asarray(np.pad(x, room)) for x in kv))
-  out = [np.asarray(logits)[np.arange(len(prompts)), lengths - 1].argmax(-1).astype(np.int32)]
-  for n in range(steps - 1):
-    newest, cache = _decode(params, jnp.asarray(out[-1]), jnp.asarray(lengths + n), cache, c)
-    out.append(np.asarray(newest))
-  return np.stack(out, axis=1).tolist()
+def our_greedy(params, prompts: list[np.ndarray], c, steps: int) -> list[list[int]]:
+  """The next `steps` tokens of each prompt, drawn by the rollout engine at temperature 0."""
+  mesh = make_mesh(devices=jax.devices()[:1])
+  engine = make_engine(
+      c, SamplingConfig(steps), EngineConfig(slots=len(prompts), prompt_multiple=16,
+                                             dtype='float32'),
+      mesh, max_prompt=max(map(len, prompts)), eos_ids=(c.vocab_size,), pad_id=0)
+  requests = [Request(n, 0, tuple(p.tolist()), 0.0) for n, p in enumerate(prompts)]
+  samples = generate(engine, engine_params(engine, params), requests, seed=0)
+  return [s.response_ids for s in sorted(samples, key=lambda s: s.request)]

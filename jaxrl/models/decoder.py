@@ -17,32 +17,28 @@ from jaxrl.models.mixture import mixture
 from jaxrl.models.params import ParamSpec, decoder_specs, is_spec, layer_specs
 from jaxrl.models.rope import Rotary, apply_rope, rope_angles
 from jaxrl.models.storage import Int8, dequantise
-from jaxrl.parallel.sharding import GATHERED, contract, look_up, shard
-from kernels.attention import attention, decode_attention
+from jaxrl.parallel.sharding import (
+    GATHERED,
+    contract,
+    look_up,
+    mean_with_other_parts,
+    shard,
+    whole_vocabulary,
+    with_other_parts,
+)
+from kernels.attention import attention
 
 Params = params_lib.Params
-# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], window) -> (attended [B,T,N,H], anything to keep)
+# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], window) -> (attended [B,T,N,H], the cache)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# (layer, q, k, v, window, cache) -> (attended, cache)
+AttendCached = Callable[..., tuple[jax.Array, Any]]
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'silu': jax.nn.silu,
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
 }
 NO_WINDOW = 2**30                      # more keys than any sequence has
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-  """Keys and values of every slot; position p of a slot always lies at index p."""
-
-  k: jax.Array                # [L, R, S, K, H]
-  v: jax.Array                # [L, R, S, K, H]
-
-
-def init_cache(c: ModelConfig, slots: int, length: int, dtype) -> Cache:
-  shape = (c.n_layers, slots, length, c.n_kv, c.d_head)
-  return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def cast(params: Params, dtype) -> Params:
@@ -60,17 +56,25 @@ def rms_norm(x: jax.Array, weight: jax.Array, c: ModelConfig) -> jax.Array:
 
   With `c.norm_offset` the factor is 1 + weight, in float32 (Gemma).
   """
-  axes = tuple(range(-weight.ndim, 0))
+  axes, weight_of_heads = tuple(range(-weight.ndim, 0)), weight.ndim == 2
   weight = weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
   x32 = x.astype(jnp.float32)
-  normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + c.norm_eps)
+  mean = jnp.mean(x32 * x32, axis=axes, keepdims=True)
+  if weight_of_heads:
+    mean = mean_with_other_parts(mean, 'heads')
+  normed = x32 * jax.lax.rsqrt(mean + c.norm_eps)
   if c.norm_offset:
     return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
   return normed.astype(x.dtype) * weight
 
 
-def _project(name: str, pattern: str, x, w, c: ModelConfig, *names: str | None) -> jax.Array:
-  """x W, and scale (x A) B where the projection has an adapter, and the bias where it has one."""
+def _project(
+    name: str, pattern: str, x, w, c: ModelConfig, *names: str | None, summed: str = 'embed'
+) -> jax.Array:
+  """x W, and scale (x A) B where the projection has an adapter, and the bias where it has one.
+
+  `summed` names the dimension that the product sums over.
+  """
   out = contract(pattern, x, w[name], *names)
   adapter = w.get('lora', {}).get(name)
   if adapter is not None and c.lora is not None:
@@ -79,6 +83,7 @@ def _project(name: str, pattern: str, x, w, c: ModelConfig, *names: str | None) 
     down, up = ''.join(d for d in weight if d in ours), ''.join(d for d in weight if d not in ours)
     low = contract(f'{ours},{down}r->btr', x, adapter['a'], 'batch', 'length', None)
     out = out + c.lora.scale * contract(f'btr,r{up}->{result}', low, adapter['b'], *names)
+  out = with_other_parts(out, summed)
   bias = w.get(f'{name}_bias')
   return out if bias is None else out + bias[None, None]
 
@@ -90,7 +95,8 @@ def _mlp(h, w, c: ModelConfig) -> jax.Array:
   gate = _project('gate', 'btd,df->btf', h, w, c, 'batch', 'length', 'mlp')
   up = _project('up', 'btd,df->btf', h, w, c, 'batch', 'length', 'mlp')
   return _project(
-      'down', 'btf,fd->btd', activation(gate) * up, w, c, 'batch', 'length', 'embed')
+      'down', 'btf,fd->btd', activation(gate) * up, w, c, 'batch', 'length', 'embed',
+      summed='mlp')
 
 
 def _layer(x, w, kind, rotary: Rotary, attend: Attend, c: ModelConfig):
@@ -109,7 +115,8 @@ def _layer(x, w, kind, rotary: Rotary, attend: Attend, c: ModelConfig):
   cos, sin = rotary.cos[kind.get('rope', 0)], rotary.sin[kind.get('rope', 0)]
   attended, kept = attend(
       apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, kind.get('window', _same_window(c)))
-  out = _project('o', 'btnh,nhd->btd', attended, w, c, 'batch', 'length', 'embed')
+  out = _project('o', 'btnh,nhd->btd', attended, w, c, 'batch', 'length', 'embed',
+                 summed='heads')
   x = x + norm('attention_out_norm', out)
   return x + norm('mlp_out_norm', _mlp(norm('mlp_norm', x), w, c)), kept
 
@@ -162,11 +169,12 @@ def _top(params: Params, name: str, names: tuple[str | None, ...], c: ModelConfi
 def _embed(params: Params, tokens: jax.Array, c: ModelConfig, dtype) -> jax.Array:
   """[B, T, D]; the factor is rounded to the compute dtype first, as Gemma was trained."""
   table = _top(params, 'embedding', ('vocab', None), c, dtype)
-  x = look_up(table, tokens, 'batch', 'length', 'embed')
+  x = look_up(table, tokens, c.vocab_size, 'batch', 'length', 'embed')
   return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, x.dtype)
 
 
-def _attention_options(c: ModelConfig) -> dict[str, Any]:
+def attention_options(c: ModelConfig) -> dict[str, Any]:
+  """Scale and soft-cap of attention scores."""
   scale = c.d_head ** -0.5 if c.attention_scale is None else c.attention_scale
   return {'scale': scale, 'softcap': c.attention_softcap}
 
@@ -181,14 +189,12 @@ def forward(
     tokens: jax.Array,        # [B, T] int32
     c: ModelConfig,
     *,
-    keep_kv: bool = False,
     remat: bool = False,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-  """Hidden states before the output matrix, [B, T, D], for rows padded on the right.
+) -> jax.Array:               # [B, T, D]
+  """Hidden states before the output matrix, for rows padded on the right.
 
   A padded position comes after every real one, so the causal mask alone keeps it out of sight.
-  With `keep_kv` the keys and values [L, B, T, K, H] are returned as well (prefill). `remat`
-  recomputes each layer in the backward pass instead of keeping its activations.
+  `remat` recomputes each layer in the backward pass instead of keeping its activations.
   """
   b, t = tokens.shape
   dtype = compute_dtype(params)
@@ -198,49 +204,48 @@ def forward(
   x = _embed(params, tokens, c, dtype)
 
   def attend(q, k, v, window):
-    out = attention(q, k, v, q_positions=positions, k_positions=positions, window=window,
-                    **_attention_options(c))
-    return out, ((k, v) if keep_kv else None)
+    return attention(q, k, v, q_positions=positions, k_positions=positions, window=window,
+                     **attention_options(c)), None
 
   def body(x, layer):
     w, kind = layer
     return _layer(x, _ready(w, c, dtype), kind, rotary, attend, c)
 
-  x, kept = jax.lax.scan(
+  x, _ = jax.lax.scan(
       jax.checkpoint(body) if remat else body, x, (_stacked(params), _layer_kinds(c)))
-  return _final_norm(params, x, c), kept
+  return _final_norm(params, x, c)
 
 
-def decode_step(
+def forward_cached(
     params: Params,
-    tokens: jax.Array,        # [R] int32, the newest token of each slot
-    positions: jax.Array,     # [R] int32, its position
-    cache: Cache,
+    tokens: jax.Array,        # [B, T] int32
+    positions: jax.Array,     # [B, T] int32
+    cache: Any,
     c: ModelConfig,
-) -> tuple[jax.Array, Cache]:
-  """Hidden states [R, D] of the newest tokens, and the cache with their keys and values."""
-  rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    attend: AttendCached,
+) -> tuple[jax.Array, Any]:
+  """Hidden states [B, T, D] and the cache, for a caller that keeps keys and values itself.
+
+  `attend` is given the number of the layer and its q, k, v, puts keys and values wherever they
+  belong, and attends to whatever the tokens may see. The cache is carried from layer to layer, so
+  that XLA updates it in place.
+  """
   dtype = compute_dtype(params)
-  rotary = rope_angles(positions[:, None], c)
-  x = _embed(params, tokens[:, None], c, dtype)
+  rotary = rope_angles(positions, c)
+  x = _embed(params, tokens, c, dtype)
 
   def body(carry, xs):
     x, cache = carry
     layer, w, kind = xs
 
-    def attend(q, k, v, window):
-      new_k = cache.k.at[layer, rows, positions].set(k[:, 0], unique_indices=True)
-      new_v = cache.v.at[layer, rows, positions].set(v[:, 0], unique_indices=True)
-      out = decode_attention(
-          q[:, 0], new_k[layer], new_v[layer], lengths=positions + 1, window=window,
-          **_attention_options(c))
-      return out[:, None], Cache(new_k, new_v)
+    def attend_here(q, k, v, window):
+      return attend(layer, q, k, v, window, cache)
 
-    return _layer(x, _ready(w, c, dtype), kind, rotary, attend, c), None
+    return _layer(x, _ready(w, c, dtype), kind, rotary, attend_here, c), None
 
   layers = jnp.arange(c.n_layers, dtype=jnp.int32)
   (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, _stacked(params), _layer_kinds(c)))
-  return _final_norm(params, x, c)[:, 0], cache
+  return _final_norm(params, x, c), cache
 
 
 def output_matrix(params: Params, c: ModelConfig) -> jax.Array:
@@ -255,6 +260,7 @@ def logits(params: Params, hidden: jax.Array, c: ModelConfig) -> jax.Array:
   """Logits [..., V] in float32 of hidden states [..., D], soft-capped where the model is."""
   out = jnp.einsum('...d,dv->...v', hidden, output_matrix(params, c),
                    preferred_element_type=jnp.float32)
+  out = whole_vocabulary(out, c.vocab_size)
   return out if c.final_softcap is None else c.final_softcap * jnp.tanh(out / c.final_softcap)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from jaxrl.errors import InputError
+from jaxrl.parallel.sharding import ROLLOUT_AXES
 
 AXES = ('data', 'fsdp', 'tensor')
 
@@ -45,3 +47,23 @@ def make_mesh(
         fix='Change --mesh, or leave it out to put all devices on fsdp')
   explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
   return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=explicit, devices=devices)
+
+
+def rollout_mesh(mesh: jax.sharding.Mesh, tensor: int | None = None) -> jax.sharding.Mesh:
+  """The same devices in the same order, as ('data', 'tensor') for sampling.
+
+  Args:
+    mesh: that of training.
+    tensor: devices that share one copy of the parameters; None takes the tensor axis of `mesh`.
+
+  Raises:
+    InputError: the devices do not divide by `tensor`.
+  """
+  tensor = mesh.shape['tensor'] if tensor is None else tensor
+  if tensor < 1 or mesh.size % tensor:
+    raise InputError('the devices cannot be shared so', where='--rollout_tensor',
+                     expected=f'a divisor of {mesh.size} devices', found=tensor)
+  # Auto: all that runs on it is manual (`shard_map`), but for copies between layouts.
+  auto = (jax.sharding.AxisType.Auto,) * len(ROLLOUT_AXES)
+  return jax.sharding.Mesh(
+      np.asarray(mesh.devices).reshape(-1, tensor), ROLLOUT_AXES, axis_types=auto)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
+ROLLOUT_AXES = ('data', 'tensor')
 
 STORED: Rules = {
     'layers': None,
@@ -34,8 +35,18 @@ ACTIVATION: Rules = {
     'mlp': 'tensor',
     'vocab': None,
 }
-# Decoding keeps whole parameters on every device and gives each device its own slots.
-ROLLOUT_SLOTS: tuple[str, ...] = ('data', 'fsdp', 'tensor')
+# The layout while sampling, on a mesh of its own over the same devices (`mesh.rollout_mesh`): rows
+# of parameters are whole, heads and columns are split, and each of the `data` parts has its slots.
+ROLLOUT: Rules = {
+    'layers': None,
+    'embed': None,
+    'heads': 'tensor',
+    'kv': 'tensor',
+    'mlp': 'tensor',
+    'experts': None,
+    'vocab': 'tensor',
+    'slots': 'data',
+}
 
 
 def spec(
@@ -80,11 +91,51 @@ def contract(pattern: str, x: jax.Array, w: jax.Array, *names: str | None, **kwa
   return jnp.einsum(pattern, x, w, out_sharding=out, **kwargs)
 
 
-def look_up(table: jax.Array, ids: jax.Array, *names: str | None) -> jax.Array:
-  """table[ids] laid out by `names`."""
-  if not _explicit_mesh():
+def _manual_axis(name: str) -> str | None:
+  """The mesh axis that splits `name` while sampling; None elsewhere and where nothing is split."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.axis_names != ROLLOUT_AXES or _explicit_mesh():
+    return None
+  axis = ROLLOUT[name]
+  return axis if isinstance(axis, str) and mesh.shape[axis] > 1 else None
+
+
+def with_other_parts(x: jax.Array, summed: str) -> jax.Array:
+  """A product summed over the devices that split its dimension `summed`, inside a rollout.
+
+  Elsewhere `contract` has done it, or nothing is split.
+  """
+  axis = _manual_axis(summed)
+  return x if axis is None else jax.lax.psum(x, axis)
+
+
+def mean_with_other_parts(x: jax.Array, split: str) -> jax.Array:
+  """The mean of equal parts' means over the devices that split `split`, inside a rollout."""
+  axis = _manual_axis(split)
+  return x if axis is None else jax.lax.pmean(x, axis)
+
+
+def whole_vocabulary(logits: jax.Array, size: int) -> jax.Array:
+  """Logits [..., V] out of the parts [..., V / devices] that each device of a rollout computes."""
+  if logits.shape[-1] == size:
+    return logits
+  axis = _manual_axis('vocab')
+  assert axis is not None, (logits.shape, size)
+  return jax.lax.all_gather(logits, axis, axis=logits.ndim - 1, tiled=True)
+
+
+def look_up(table: jax.Array, ids: jax.Array, size: int, *names: str | None) -> jax.Array:
+  """table[ids] laid out by `names`, of a table with `size` rows in all."""
+  if _explicit_mesh():
+    return table.at[ids].get(out_sharding=_current_spec(names, ACTIVATION))
+  if table.shape[0] == size:
     return table[ids]
-  return table.at[ids].get(out_sharding=_current_spec(names, ACTIVATION))
+  axis = _manual_axis('vocab')
+  assert axis is not None, (table.shape, size)
+  local = ids - table.shape[0] * jax.lax.axis_index(axis)
+  mine = (local >= 0) & (local < table.shape[0])
+  rows = table[jnp.where(mine, local, 0)]
+  return jax.lax.psum(jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype)), axis)
 
 
 def over_devices(
@@ -97,11 +148,11 @@ def over_devices(
   """function(x, *weights) on each device's part of `x`, laid out by `names` before and after.
 
   Every weight comes with its logical names. Partial results are added over the devices that split
-  the dimension `summed`. Without a mesh it is the plain call.
+  the dimension `summed`. Without a mesh it is the plain call, inside a rollout that and the sum.
   """
   arrays = [w for w, _ in weights]
   if not _explicit_mesh():
-    return function(x, *arrays)
+    return with_other_parts(function(x, *arrays), summed)
   axes = _current_spec((summed,), ACTIVATION)[0]
 
   def part(x, *arrays):
@@ -121,3 +172,14 @@ def stored(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedShard
 def batch_sharding(mesh: jax.sharding.Mesh, ndim: int) -> NamedSharding:
   """Rows over every device of the data and fsdp axes."""
   return NamedSharding(mesh, spec(('batch', *([None] * (ndim - 1))), ACTIVATION, mesh.shape))
+
+
+def rollout_spec(
+    mesh: jax.sharding.Mesh, names: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+  """How an array is split while sampling; a vocabulary that does not divide stays whole."""
+  found = spec(names, ROLLOUT, mesh.shape)
+  parts = mesh.shape['tensor']
+  return PartitionSpec(*(
+      None if name == 'vocab' and size % parts else axis
+      for name, size, axis in zip(names, shape, found, strict=True)))

@@ -17,7 +17,8 @@ from jaxrl.runs.process import peak_memory
 from jaxrl.runs.sample_stage import Draws, draw_rows
 from jaxrl.runs.score_stage import check_rows
 from jaxrl.runs.session import Model, Session
-from jaxrl.sampling.engine import Engine, rollout_params
+from jaxrl.sampling.engine import Engine
+from jaxrl.sampling.generate import engine_params
 from jaxrl.tokens.prompts import EncodedPrompt
 
 
@@ -44,7 +45,7 @@ def evaluation_stage(
   name = f'iteration_{iteration:02d}/evaluation'
 
   def produce(scratch: epath.Path) -> dict:
-    params = rollout_params(model.params, session.mesh, engine.config.dtype)
+    params = engine_params(engine, model.params)
     kinds = {'greedy': Draws(1, 0.0, 0, 0)}
     if test.votes:
       kinds['vote'] = Draws(test.votes, test.vote_temperature, test.vote_seed, 0)
@@ -75,7 +76,7 @@ def greedy_accuracy(
     prompts: Sequence[EncodedPrompt], rule: AnswerRule,
 ) -> dict[str, float]:
   """`summarise` of greedy answers under parameters in training; nothing is written."""
-  whole = rollout_params(params, session.mesh, engine.config.dtype)
+  whole = engine_params(engine, params)
   with session.progress.stage('dev', len(prompts), 'samples') as bar:
     drawn = draw_rows(session, engine, whole, prompts, Draws(1, 0.0, 0, 0), bar)
   return summarise([

@@ -13,7 +13,8 @@ from jaxrl.errors import InputError
 from jaxrl.runs import tables
 from jaxrl.runs.progress import Bar
 from jaxrl.runs.session import Model, Session, sampling_requests
-from jaxrl.sampling.engine import Engine, generate, rollout_params
+from jaxrl.sampling.engine import Engine
+from jaxrl.sampling.generate import engine_params, generate
 from jaxrl.tokens.prompts import EncodedPrompt
 from jaxrl.tokens.tokenizer import decode
 
@@ -67,7 +68,7 @@ def sample_stage(
   file, name = f'{name}.parquet', f'iteration_{iteration:02d}/{name}'
 
   def produce(scratch: epath.Path) -> dict:
-    params = rollout_params(model.params, session.mesh, engine.config.dtype)
+    params = engine_params(engine, model.params)
     parts = []
     tokens, seconds = 0, 0.0   # of this attempt; parts of an earlier one took it no time
     total = len(prompts) * len(draws.temperatures)

@@ -26,7 +26,7 @@ def response_means(
     policy: ComputePolicy,
 ) -> jax.Array:               # [B, D] float32
   """Mean of the final hidden states over the response ids, L2-normalised; zero without any."""
-  hidden, _ = forward(cast(params, policy.jax_dtype), ids, c)
+  hidden = forward(cast(params, policy.jax_dtype), ids, c)
   # `where`, not a product: what stands in padding must not matter, whatever it is.
   kept = jnp.where(mask[..., None], hidden.astype(jnp.float32), 0.0)
   mean = kept.sum(axis=1) / jnp.maximum(mask.sum(axis=1), 1)[:, None].astype(jnp.float32)

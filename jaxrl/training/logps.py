@@ -34,7 +34,7 @@ def target_logps(
 ) -> jax.Array:               # [B, T] float32
   """log p(targets[t] | inputs[:t+1]), temperature 1, untruncated."""
   params = cast(params, policy.jax_dtype)
-  hidden, _ = forward(params, inputs, c, remat=policy.remat)
+  hidden = forward(params, inputs, c, remat=policy.remat)
   return token_logp(
       hidden, output_matrix(params, c), targets, chunk=policy.chunk, softcap=c.final_softcap)
 
@@ -48,7 +48,7 @@ def logps_and_collisions(
 ) -> tuple[jax.Array, jax.Array]:   # [B, T] float32 each
   """`target_logps`, and log sum_v p(v | inputs[:t+1])^2 without gradient, from one forward pass."""
   params = cast(params, policy.jax_dtype)
-  hidden, _ = forward(params, inputs, c, remat=policy.remat)
+  hidden = forward(params, inputs, c, remat=policy.remat)
   head = output_matrix(params, c)
   logps = token_logp(hidden, head, targets, chunk=policy.chunk, softcap=c.final_softcap)
   collisions = log_collision(

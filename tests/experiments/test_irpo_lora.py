@@ -78,7 +78,7 @@ def start(patch, folder, inputs, *more):
 def logits(folder_or_params, c, tokens):
   params = (folder_or_params if isinstance(folder_or_params, dict)
             else load_params(folder_or_params, dataclasses.replace(c, lora=None)))
-  return np.asarray(decoder.logits(params, decoder.forward(params, tokens, c)[0], c))
+  return np.asarray(decoder.logits(params, decoder.forward(params, tokens, c), c))
 
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 261, (2, 8)), jnp.int32)

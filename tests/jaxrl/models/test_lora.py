@@ -30,7 +30,7 @@ def random_adapter(c, seed=1):
 @functools.partial(jax.jit, static_argnums=(2, 3), compiler_options=QUICK)
 def logits(params, tokens, c, dtype='float32'):
   params = decoder.cast(params, dtype)
-  return decoder.logits(params, decoder.forward(params, tokens, c)[0], c)
+  return decoder.logits(params, decoder.forward(params, tokens, c), c)
 
 
 merge = jax.jit(lora.merge, static_argnums=1, compiler_options=QUICK)

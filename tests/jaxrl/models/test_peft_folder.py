@@ -79,7 +79,7 @@ def peft_adapter(base, folder, **settings):
 
 @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
 def our_logits(params, c):
-  return decoder.logits(params, decoder.forward(params, TOKENS, c)[0], c)
+  return decoder.logits(params, decoder.forward(params, TOKENS, c), c)
 
 
 def assert_close(found, expected):

@@ -14,7 +14,8 @@ from jaxrl.data.batches import TokenRow
 from jaxrl.errors import InputError
 from jaxrl.models.decoder import forward, output_matrix
 from jaxrl.parallel.mesh import make_mesh
-from jaxrl.sampling.engine import EngineConfig, generate, make_engine, prompt_widths, rollout_params
+from jaxrl.sampling.engine import EngineConfig, make_engine, prompt_widths
+from jaxrl.sampling.generate import engine_params, generate
 from jaxrl.sampling.requests import Request, SamplingConfig
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.score import score_rows
@@ -36,11 +37,12 @@ def build(config, mesh=None, *, max_new_tokens=MAX_NEW, **filters):
   engine = make_engine(
       CONFIG, SamplingConfig(max_new_tokens, **filters), config, mesh, max_prompt=MAX_PROMPT,
       eos_ids=EOS, pad_id=PAD)
-  return engine, rollout_params(random_params(), mesh, config.dtype)
+  return engine, engine_params(engine, random_params())
 
 
-def config(slots, cadence=3, prefill_prompts=2):
-  return EngineConfig(slots, cadence, prefill_prompts, prompt_multiple=4, dtype='float32')
+def config(slots, cadence=3, prefill_tokens=16, **others):
+  return EngineConfig(
+      slots, cadence, prefill_tokens, prompt_multiple=4, dtype='float32', **others)
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +80,7 @@ def next_logits():
 
   @jax.jit
   def logits(ids, last):
-    hidden, _ = forward(params, ids[None], CONFIG)
+    hidden = forward(params, ids[None], CONFIG)
     return hidden[0, last] @ output_matrix(params, CONFIG)
 
   def of(ids):
@@ -105,8 +107,8 @@ def test_greedy_is_the_argmax_of_the_forward_pass(base):
 def test_samples_do_not_depend_on_where_and_when_they_are_drawn(base, layout):
   """Other slots, cadence, prefill, order, company and devices: the same tokens."""
   other = {
-      'slots': lambda: build(config(slots=5, cadence=16, prefill_prompts=7)),
-      'mesh': lambda: build(config(slots=16, cadence=2, prefill_prompts=1),
+      'slots': lambda: build(config(slots=5, cadence=16, prefill_tokens=56)),
+      'mesh': lambda: build(config(slots=16, cadence=2, prefill_tokens=4),
                             make_mesh(data=2, fsdp=2, tensor=2)),
   }[layout]()
   rng = np.random.default_rng(2)
@@ -190,7 +192,7 @@ def test_programs_do_not_grow_with_the_requests(base):
   rng = np.random.default_rng(7)
   run(base, random_requests(rng, 20))
   programs = engine.compiled_programs()
-  assert programs <= len(prompt_widths(MAX_PROMPT, 4)) + 2
+  assert programs <= len(prompt_widths(MAX_PROMPT, engine.config)) + 3
   for count in (1, 7, 8, 9, 100, 150):
     run(base, random_requests(rng, count, draws=int(rng.integers(1, 3))))
   assert engine.compiled_programs() == programs
@@ -220,7 +222,7 @@ def test_prompt_widths():
     ({'config': config(slots=12), 'mesh': 8}, '--slots: .*multiple of 8; found 12'),
     ({'config': config(slots=0)}, '--slots: .*found 0'),
     ({'config': config(slots=4, cadence=0)}, 'cadence: .*at least 1; found 0'),
-    ({'config': config(slots=4, prefill_prompts=0)}, 'prefill_prompts: .*found 0'),
+    ({'config': config(slots=4, prefill_tokens=0)}, 'prefill_tokens: .*found 0'),
     ({'config': EngineConfig(4, prompt_multiple=0)}, 'prompt_multiple: .*found 0'),
     ({'eos_ids': ()}, 'tokenizer: .*an EOS id; found none'),
     ({'max_prompt': 59}, r'--max_new_tokens: .*<= 64; found 59 \+ 6'),

@@ -38,7 +38,7 @@ def assert_same(found, expected):
 def expected():
   """One row at a time: the states at the response ids themselves, not at the ids before them."""
   params = jax.tree.map(jnp.asarray, random_params())
-  hidden = jax.jit(lambda ids: forward(params, ids[None], CONFIG)[0][0])
+  hidden = jax.jit(lambda ids: forward(params, ids[None], CONFIG)[0])
   out = []
   for row in rows():
     ids = np.zeros(20, np.int32)       # to compile once; what comes later is out of sight

@@ -45,7 +45,7 @@ def expected():
 
   @jax.jit
   def logps(ids):
-    hidden, _ = forward(params, ids[None], CONFIG)
+    hidden = forward(params, ids[None], CONFIG)
     return jax.nn.log_softmax(hidden[0] @ output_matrix(params, CONFIG))
 
   out = []
