@@ -134,7 +134,7 @@ def make_pairs(made: Machinery, method: Method, t: int, model: Model) -> list[Pa
   asked = method.ask(this)
   draws = Draws(
       config.samples_per_prompt, config.temperatures[t - 1], this.seed(sessions.SAMPLE_STREAM),
-      FLAGS.part_prompts, method.extra_temperatures)
+      method.extra_temperatures)
   sample_stage(session, t, made.engine, model, asked.prompts, draws)
   score_stage(session, t, asked.problems, config.rule, voters=draws.count)
   pair_stage(session, t, method.name, functools.partial(method.pair, this), needs=method.needs,

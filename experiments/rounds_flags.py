@@ -36,8 +36,6 @@ flags.DEFINE_integer('votes', 8, 'Samples per held-out problem for the majority 
                      lower_bound=0)
 flags.DEFINE_float('vote_temperature', 0.8, 'Temperature of the vote.', lower_bound=0.0)
 flags.DEFINE_integer('slots', 256, 'Responses decoded together.', lower_bound=1)
-flags.DEFINE_integer('part_prompts', 256, 'Prompts per part of the sample stage; a kill loses '
-                     'at most one part.', lower_bound=1)
 flags.DEFINE_integer('score_batch', 32, 'Responses per batch of the reference stage.',
                      lower_bound=1)
 

@@ -82,7 +82,7 @@ def ask_with_new(config: ScpoConfig, writer: Engine, this: Round) -> ProblemSet:
       this.session, this.iteration, writer, this.model, config.task,
       Writing(count, FLAGS.few_shot, FLAGS.new_problem_temperature,
               WORLD_WRITER if config.task.name == 'world' else WRITER,
-              FLAGS.max_writer_prompt, this.seed(WRITE_STREAM), FLAGS.part_prompts),
+              FLAGS.max_writer_prompt, this.seed(WRITE_STREAM)),
       this.train, this.test, max_prompt_length=FLAGS.max_prompt_length))
 
 

@@ -283,7 +283,7 @@ def weak_evaluation(session: Session, role: str, folder: epath.Path, test: Probl
     engine = engine_for(weak)
     params = engine_params(engine, sessions.load_model(weak, folder).params)
     with session.progress.stage(f'evaluate weak {role}', len(test.prompts), 'samples') as bar:
-      drawn = draw_rows(weak, engine, params, test.prompts, Draws(1, 0.0, 0, 0), bar)
+      drawn = draw_rows(weak, engine, params, test.prompts, Draws(1, 0.0, 0), bar)
     rows = [
         {key: row[key] for key in (
             'prompt_id', 'sample_index', 'prompt', 'response', 'finish_reason')}

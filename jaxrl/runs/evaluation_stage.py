@@ -46,9 +46,9 @@ def evaluation_stage(
 
   def produce(scratch: epath.Path) -> dict:
     params = engine_params(engine, model.params)
-    kinds = {'greedy': Draws(1, 0.0, 0, 0)}
+    kinds = {'greedy': Draws(1, 0.0, 0)}
     if test.votes:
-      kinds['vote'] = Draws(test.votes, test.vote_temperature, test.vote_seed, 0)
+      kinds['vote'] = Draws(test.votes, test.vote_temperature, test.vote_seed)
     total = len(test.prompts) * (1 + test.votes)
     rows: list[dict] = []
     with session.progress.stage(f'iteration {iteration}: evaluate', total, 'samples') as bar:
@@ -78,7 +78,7 @@ def greedy_accuracy(
   """`summarise` of greedy answers under parameters in training; nothing is written."""
   whole = engine_params(engine, params)
   with session.progress.stage('dev', len(prompts), 'samples') as bar:
-    drawn = draw_rows(session, engine, whole, prompts, Draws(1, 0.0, 0, 0), bar)
+    drawn = draw_rows(session, engine, whole, prompts, Draws(1, 0.0, 0), bar)
   return summarise([
       row | check | {'kind': 'greedy', 'length': len(row['response_ids'])}
       for row, check in zip(drawn, check_rows(drawn, problems, rule), strict=True)])

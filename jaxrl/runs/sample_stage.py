@@ -1,22 +1,27 @@
-"""Stage: N responses per prompt from the current model, written in parts that survive a kill."""
+"""Stage: N responses per prompt from the current model, kept as they come."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import pyarrow as pa
 from etils import epath
 
-from jaxrl.errors import InputError
 from jaxrl.runs import tables
 from jaxrl.runs.progress import Bar
+from jaxrl.runs.sample_log import open_log, read_log
 from jaxrl.runs.session import Model, Session, sampling_requests
 from jaxrl.sampling.engine import Engine
 from jaxrl.sampling.generate import engine_params, generate
+from jaxrl.sampling.requests import Sample
 from jaxrl.tokens.prompts import EncodedPrompt
 from jaxrl.tokens.tokenizer import decode
+
+LOG = 'drawn.jsonl'           # in the scratch folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,6 @@ class Draws:
   count: int
   temperature: float
   seed: int
-  part_prompts: int           # prompts per part; a kill loses at most the part it interrupts
   extra: tuple[float, ...] = ()   # temperatures of further responses, which have no vote
 
   @property
@@ -40,22 +44,38 @@ def draw_rows(
     bar: Bar,
 ) -> list[dict]:
   """Rows of (prompt, draw) in order, without what only the stage knows (iteration, model)."""
-  each = len(draws.temperatures)
   requests = sampling_requests(list(prompts), draws.temperatures)
-  rows: list[dict] = [{}] * len(requests)
-  for sample in generate(engine, params, requests, seed=draws.seed):
-    prompt = prompts[sample.request // each]
-    rows[sample.request] = {
-        'prompt_id': prompt.prompt_id,
-        'sample_index': sample.request % each,
-        'prompt': prompt.text,
-        'response': decode(session.tokenizer, sample.response_ids),
-        'prompt_ids': list(prompt.ids),
-        'response_ids': sample.response_ids,
-        'logprobs': sample.logprobs,
-        'finish_reason': sample.finish_reason,
-    }
+  drawn = {}
+  for sample in _told(bar, generate(engine, params, requests, seed=draws.seed)):
+    prompt = prompts[sample.request // len(draws.temperatures)]
+    drawn[prompt.prompt_id, sample.draw] = _record(sample)
+  return _rows(session, prompts, draws, drawn)
+
+
+def _told(bar: Bar, samples: Iterable[Sample]) -> Iterator[Sample]:
+  for sample in samples:
+    yield sample
     bar.advance()
+
+
+def _record(sample: Sample) -> dict:
+  return {'response_ids': sample.response_ids, 'logprobs': sample.logprobs,
+          'finish_reason': sample.finish_reason}
+
+
+def _rows(
+    session: Session, prompts: Sequence[EncodedPrompt], draws: Draws,
+    drawn: Mapping[tuple[str, int], Mapping],
+) -> list[dict]:
+  """All rows in order, from what was drawn by (prompt_id, draw)."""
+  rows = []
+  for prompt in prompts:
+    for index in range(len(draws.temperatures)):
+      record = drawn[prompt.prompt_id, index]
+      rows.append({
+          'prompt_id': prompt.prompt_id, 'sample_index': index, 'prompt': prompt.text,
+          'response': decode(session.tokenizer, record['response_ids']),
+          'prompt_ids': list(prompt.ids)} | record)
   return rows
 
 
@@ -63,42 +83,49 @@ def sample_stage(
     session: Session, iteration: int, engine: Engine, model: Model,
     prompts: Sequence[EncodedPrompt], draws: Draws, *, name: str = 'samples',
 ) -> Mapping:
-  """Writes `NAME.parquet`, a table of samples, and one metrics record; returns counts."""
+  """Writes `NAME.parquet`, a table of samples, and one metrics record; returns counts.
+
+  Finished samples are on the disk as they come, in the stage's scratch folder: a kill costs what
+  was in flight, and the same command draws the missing (prompt, draw) pairs, to the same bits.
+
+  Raises:
+    InputError: an earlier attempt was made with other prompts, draws or parameters.
+  """
   label = name.removesuffix('s')
   file, name = f'{name}.parquet', f'iteration_{iteration:02d}/{name}'
+  temperatures = draws.temperatures
 
   def produce(scratch: epath.Path) -> dict:
     params = engine_params(engine, model.params)
-    parts = []
-    tokens, seconds = 0, 0.0   # of this attempt; parts of an earlier one took it no time
-    total = len(prompts) * len(draws.temperatures)
-    with session.progress.stage(f'iteration {iteration}: {label}', total, 'samples') as bar:
-      for start in range(0, len(prompts), draws.part_prompts):
-        group = prompts[start:start + draws.part_prompts]
-        part = scratch / f'part_{start:08d}.parquet'
-        table = _finished_part(session, part, group, len(draws.temperatures))
-        if table is not None:
-          bar.advance(table.num_rows)
-        else:
-          start_time = time.perf_counter()
-          rows = draw_rows(session, engine, params, group, draws, bar)
-          seconds += time.perf_counter() - start_time
-          tokens += sum(len(row['response_ids']) for row in rows)
-          common = {
-              'top_p': engine.sampling.top_p, 'iteration': iteration,
+    asked = [(prompt.prompt_id, n) for prompt in prompts for n in range(len(temperatures))]
+    requests = dict(zip(asked, sampling_requests(list(prompts), temperatures), strict=True))
+    tokens, start = 0, time.perf_counter()
+    with (session.progress.stage(
+        f'iteration {iteration}: {label}', len(requests), 'samples') as bar,
+        open_log(scratch / LOG, _header(engine, model, prompts, draws),
+                 say=session.progress.line) as log):
+      bar.advance(len(log))
+      missing = [draw for draw in asked if draw not in log]
+      samples = generate(engine, params, [requests[draw] for draw in missing], seed=draws.seed,
+                         draws=len(temperatures))
+      for batch in _batches(_told(bar, samples)):
+        tokens += sum(len(sample.response_ids) for sample in batch)
+        log.append([
+            {'prompt_id': missing[sample.request][0], 'sample_index': sample.draw}
+            | _record(sample) for sample in batch])
+    seconds = time.perf_counter() - start
+    drawn = {(row['prompt_id'], row['sample_index']): {
+        field: row[field] for field in ('response_ids', 'logprobs', 'finish_reason')}
+        for row in read_log(scratch / LOG)}
+    common = {'top_p': engine.sampling.top_p, 'iteration': iteration,
               'source_model': model.identity}
-          tables.write_table(part, [
-              row | common | {'temperature': draws.temperatures[row['sample_index']]}
-              for row in rows], tables.SAMPLES)
-          table = tables.read_table(part, tables.SAMPLES)
-        parts.append(table)
-    table = pa.concat_tables(parts)
-    tables.write_table(scratch / file, table, tables.SAMPLES)
-    reasons = table['finish_reason'].to_pylist()
+    rows = [row | common | {'temperature': temperatures[row['sample_index']]}
+            for row in _rows(session, prompts, draws, drawn)]
+    tables.write_table(scratch / file, rows, tables.SAMPLES)
     counts = {
-        'prompts': len(prompts), 'samples': table.num_rows,
-        'tokens': sum(len(ids) for ids in table['response_ids'].to_pylist()),
-        'truncated': reasons.count('length'),
+        'prompts': len(prompts), 'samples': len(rows),
+        'tokens': sum(len(row['response_ids']) for row in rows),
+        'truncated': sum(row['finish_reason'] == 'length' for row in rows),
     }
     speed = {'perf/tokens_per_second': tokens / seconds} if tokens else {}
     session.record(iteration, label, counts | speed)
@@ -107,27 +134,27 @@ def sample_stage(
   return session.run.stage(name, (f'{name}.parquet',), produce).counts
 
 
-def _finished_part(
-    session: Session, part: epath.Path, group: Sequence[EncodedPrompt], count: int
-) -> pa.Table | None:
-  """What an earlier attempt drew for these prompts; None where it has to be drawn.
+def _header(
+    engine: Engine, model: Model, prompts: Sequence[EncodedPrompt], draws: Draws
+) -> dict[str, Any]:
+  """What the samples depend on."""
+  ids = json.dumps([[p.prompt_id, list(p.ids)] for p in prompts]).encode()
+  sampling = dataclasses.asdict(engine.sampling)
+  return {'model': model.identity, 'prompts': hashlib.sha256(ids).hexdigest(),
+          'seed': draws.seed, 'temperatures': list(draws.temperatures),
+          'sampling': json.dumps(sampling), 'dtype': engine.config.dtype}
 
-  A damaged part is named and drawn again, which gives the same responses.
 
-  Raises:
-    InputError: the part was drawn for other prompts.
-  """
-  if not part.exists():
-    return None
-  try:
-    table = tables.read_table(part, tables.SAMPLES)
-  except InputError as error:
-    session.progress.line(f'{str(error).rstrip(".")}; drawing it again')
-    return None
-  if table['prompt_ids'].to_pylist() != [list(p.ids) for p in group for _ in range(count)]:
-    raise InputError('the prompts have changed since this part was drawn', where=part,
-                     fix='Restore the file of problems, or start with another --run_dir')
-  return table
+def _batches(samples: Iterable[Sample], seconds: float = 1.0) -> Iterator[list[Sample]]:
+  """Samples of about a second together, so that the disk is waited for that often."""
+  batch, since = [], time.monotonic()
+  for sample in samples:
+    batch.append(sample)
+    if time.monotonic() - since >= seconds:
+      yield batch
+      batch, since = [], time.monotonic()
+  if batch:
+    yield batch
 
 
 def read_samples(session: Session, iteration: int, name: str = 'samples') -> list[dict]:

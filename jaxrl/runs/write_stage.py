@@ -30,7 +30,6 @@ class Writing:
   template: WriterTemplate
   max_prompt: int             # ids; a longer prompt is left out
   seed: int
-  part_prompts: int
 
 
 def write_stage(
@@ -58,7 +57,7 @@ def write_stage(
   ], max_prompt_length=writing.max_prompt, over_length='drop').prompts
   sample_stage(
       session, iteration, engine, model, prompts,
-      Draws(1, writing.temperature, writing.seed, writing.part_prompts), name='written')
+      Draws(1, writing.temperature, writing.seed), name='written')
 
   def fits(question: str) -> bool:
     try:

@@ -23,7 +23,7 @@ WORLD = (
     '--seed_first_check=60', '--seed_batch_size=32', '--seed_learning_rate=5e-3',
     '--max_prompt_length=24', '--max_new_tokens=20', '--length_buckets=44', '--iterations=1',
     '--samples_per_prompt=12', '--batch_size=8', '--warmup_steps=0', '--votes=2', '--slots=64',
-    '--part_prompts=8', '--log_every=1', '--save_every=1')
+    '--log_every=1', '--save_every=1')
 
 
 @dataclasses.dataclass(frozen=True)

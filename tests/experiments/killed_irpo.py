@@ -2,7 +2,7 @@
 
 HOW is `before` (a file or folder of that path is opened, made, renamed or removed), `half` (half
 of the file has reached the disk), or `full`: it is not killed but finds the disk full. PATH is a
-regular expression; the first match counts.
+regular expression; the first match counts, with `half:2` or `full:2` the second.
 """
 
 import errno
@@ -19,6 +19,8 @@ def die() -> None:
 
 def watch(how: str, pattern: str) -> None:
   search = re.compile(pattern).search
+  how, _, turn = how.partition(':')
+  waits = [None] * (int(turn or 1) - 1)
 
   def audit(event, arguments):
     if event == 'open' or event.startswith(('os.mkdir', 'os.re', 'shutil.')):
@@ -27,6 +29,8 @@ def watch(how: str, pattern: str) -> None:
 
   def fsync(descriptor):
     if search(os.readlink(f'/proc/self/fd/{descriptor}')):
+      if waits:
+        return system_fsync(waits.pop() or descriptor)
       if how == 'full':
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
       os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)

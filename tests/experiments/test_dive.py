@@ -45,7 +45,7 @@ SETTINGS = (
     f'--samples_per_prompt={K}', f'--pairs_per_prompt={P}', '--temperature=0.8',
     '--max_prompt_length=24', '--max_new_tokens=20', '--length_buckets=44', '--logp_chunk=128',
     '--learning_rate=1e-3', '--batch_size=4', f'--votes={VOTES}', '--slots=64',
-    '--part_prompts=8', '--log_every=1')
+    '--log_every=1')
 
 
 @pytest.fixture(scope='module')

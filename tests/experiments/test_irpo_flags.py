@@ -60,7 +60,7 @@ ALWAYS = {
     'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every',
     'train_limit', 'test_limit', 'over_length', 'iterations', 'samples_per_prompt', 'temperature',
     'top_p', 'max_new_tokens', 'max_prompt_length', 'pairs_per_prompt', 'max_pairs', 'beta',
-    'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'part_prompts', 'score_batch'}
+    'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'score_batch'}
 WORKS = [
     (),
     ('--votes=0',),

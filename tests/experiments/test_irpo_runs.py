@@ -1,5 +1,6 @@
 """A run from its command line: what it leaves, how it is repeated, and what stops it."""
 
+import json
 import re
 import shutil
 
@@ -126,13 +127,13 @@ def test_a_damaged_record_of_the_run_is_named(name, copy, capsys):
 
 def test_a_full_disk_is_named_and_the_run_goes_on_later(finished, copy):
   forget_stage(copy, 'iteration_01/samples')
-  part = copy / 'iteration_01/samples.partial/part_00000008.parquet'
+  log = copy / 'iteration_01/samples.partial/drawn.jsonl'
   flags_of_run = (f'--run_dir={copy}', *irpo_runs.WORLD)
-  ended = irpo_runs.run(*flags_of_run, cache=finished.cache, kill=('full', r'\.part_00000008\.'))
+  ended = irpo_runs.run(*flags_of_run, cache=finished.cache, kill=('full:2', r'drawn\.jsonl'))
   assert ended.status == 2
-  assert ended.stderr.startswith(f'error: {part}: there is no space left on the disk')
+  assert ended.stderr.startswith(f'error: {log}: there is no space left on the disk')
   assert ended.stderr.count('\n') == 1
-  assert [p.name for p in part.parent.iterdir()] == ['part_00000000.parquet']
+  assert [row.keys() for row in map(json.loads, log.read_text().splitlines())] == [{'header'}]
   ended = irpo_runs.run(*flags_of_run, cache=finished.cache)
   assert ended.status == 0, ended.stderr
   whole, other = map(irpo_runs.contents, (finished.folder, copy))

@@ -29,7 +29,7 @@ SETTINGS = (
     f'--samples_per_prompt={K}', f'--extra_samples={EXTRA}', '--extra_temperature=1.5',
     '--tau_fraction=0.3', '--temperature=0.8', '--max_prompt_length=24', '--max_new_tokens=20',
     '--length_buckets=44', '--logp_chunk=128', '--learning_rate=1e-3', '--batch_size=4',
-    '--votes=0', '--slots=64', '--part_prompts=10', '--log_every=1', '--num_generated=9',
+    '--votes=0', '--slots=64', '--log_every=1', '--num_generated=9',
     '--few_shot=2', '--max_writer_prompt=60', '--max_new_problem=24')
 
 

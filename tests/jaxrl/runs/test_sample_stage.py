@@ -1,6 +1,7 @@
-"""The sample stage goes on from whole parts, and from nothing else."""
+"""The sample stage keeps samples as they come, and goes on from whole ones and nothing else."""
 
 import itertools
+import json
 import types
 
 import pytest
@@ -12,13 +13,15 @@ from jaxrl.runs.metrics import MetricsLog, read_metrics
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.sample_stage import Draws
 from jaxrl.runs.session import Session
+from jaxrl.sampling.requests import Sample, SamplingConfig
 from jaxrl.tokens.prompts import EncodedPrompt
 
-DRAWS = Draws(count=2, temperature=1.0, seed=0, part_prompts=2)
+DRAWS = Draws(count=2, temperature=1.0, seed=0)
 MODEL = types.SimpleNamespace(params={}, identity='m')
 ENGINE = types.SimpleNamespace(
-    config=types.SimpleNamespace(dtype='float32'), sampling=types.SimpleNamespace(top_p=1.0))
+    config=types.SimpleNamespace(dtype='float32'), sampling=SamplingConfig(4))
 OUTPUT = 'iteration_01/samples.parquet'
+DRAWN = 'iteration_01/samples.partial/drawn.jsonl'
 
 
 def prompts(*texts):
@@ -30,72 +33,105 @@ PROMPTS = prompts('a', 'bc', 'd', 'e', 'f')
 
 @pytest.fixture
 def drawn(monkeypatch):
-  """Prompt ids in the order in which they were drawn; 'die' ends an attempt at that prompt."""
-  seen = []
+  """(prompt ids, draw) in the order drawn; a count under 'die' ends an attempt after so many."""
+  seen = types.SimpleNamespace(asked=[], die=None)
 
-  def draw_rows(session, engine, params, group, draws, bar):
-    rows = []
-    for prompt in group:
-      seen.append(prompt.prompt_id)
-      if prompt.text == 'die':
+  def generate(engine, params, requests, *, seed, draws=None):
+    for n in reversed(range(len(requests))):          # completion order is any order
+      if seen.die == len(seen.asked):
         raise KeyboardInterrupt
-      rows += [{
-          'prompt_id': prompt.prompt_id, 'sample_index': n, 'prompt': prompt.text,
-          'response': prompt.text, 'prompt_ids': list(prompt.ids), 'response_ids': [n, 7],
-          'logprobs': [-1.0, -2.0], 'finish_reason': 'eos'} for n in range(draws.count)]
-    return rows
+      request = requests[n]
+      seen.asked.append((request.prompt_ids, request.draw))
+      yield Sample(n, [*request.prompt_ids, request.draw], [-0.1] * (len(request.prompt_ids) + 1),
+                   'eos', seed, request.key, request.draw, None)
 
-  monkeypatch.setattr(sample_stage, 'draw_rows', draw_rows)
-  monkeypatch.setattr(sample_stage, 'rollout_params', lambda params, mesh, dtype: params)
+  monkeypatch.setattr(sample_stage, 'generate', generate)
+  monkeypatch.setattr(sample_stage, 'engine_params', lambda engine, params: params)
+  monkeypatch.setattr(sample_stage, 'decode', lambda tokenizer, ids: ' '.join(map(str, ids)))
+  monkeypatch.setattr(sample_stage, '_batches', lambda samples: ([s] for s in samples))
   return seen
 
 
-def attempt(folder, asked):
+def attempt(folder, asked=PROMPTS, draws=DRAWS):
   with open_run(folder, flags={}, versions={}) as run:
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, Progress(), None, None, None, None, 0, lambda: 0)
-      sample_stage.sample_stage(session, 1, ENGINE, MODEL, asked, DRAWS)
+      sample_stage.sample_stage(session, 1, ENGINE, MODEL, asked, draws)
   return tables.read_table(folder / OUTPUT, tables.SAMPLES)
 
 
-def interrupt(folder, drawn):
+def interrupt(folder, drawn, after=3):
+  drawn.die = after
   with pytest.raises(KeyboardInterrupt):
-    attempt(folder, prompts('a', 'bc', 'd', 'die'))
-  assert drawn == ['0', '1', '2', '3']
-  drawn.clear()
-  return folder / 'iteration_01/samples.partial/part_00000000.parquet'
+    attempt(folder)
+  assert len(drawn.asked) == after
+  drawn.asked, drawn.die = [], None
+  return folder / DRAWN
 
 
-def test_whole_parts_are_kept(tmp_path, drawn):
-  whole = attempt(tmp_path / 'whole', PROMPTS)
-  drawn.clear()
+def test_rows_stand_in_order_whatever_the_order_of_completion(tmp_path, drawn):
+  rows = attempt(tmp_path).to_pylist()
+  assert [(r['prompt_id'], r['sample_index']) for r in rows] == [
+      (str(n), draw) for n in range(5) for draw in range(2)]
+  for row in rows:
+    assert row['response_ids'] == [*row['prompt_ids'], row['sample_index']]
+    assert row['response'] == ' '.join(map(str, row['response_ids']))
+    assert row['source_model'] == 'm' and row['iteration'] == 1 and row['temperature'] == 1.0
+
+
+def test_only_what_is_missing_is_drawn_again(tmp_path, drawn):
+  whole = attempt(tmp_path / 'whole')
+  drawn.asked = []
   interrupt(tmp_path / 'cut', drawn)
-  assert attempt(tmp_path / 'cut', PROMPTS).equals(whole)
-  assert drawn == ['2', '3', '4']
+  assert attempt(tmp_path / 'cut').equals(whole)
+  assert len(drawn.asked) == 7
   assert (tmp_path / 'cut' / OUTPUT).read_bytes() == (tmp_path / 'whole' / OUTPUT).read_bytes()
+  assert not (tmp_path / 'cut' / DRAWN).exists()
 
 
-def test_a_damaged_part_is_named_and_drawn_again(tmp_path, drawn, capsys):
-  part = interrupt(tmp_path, drawn)
-  part.write_bytes(part.read_bytes()[:-9])
-  attempt(tmp_path, PROMPTS)
-  assert drawn == ['0', '1', '2', '3', '4']
-  assert f'{part}: the table is damaged' in capsys.readouterr().out
+def test_a_torn_last_line_is_said_and_drawn_again(tmp_path, drawn, capsys):
+  log = interrupt(tmp_path, drawn)
+  log.write_bytes(log.read_bytes()[:-9])
+  attempt(tmp_path)
+  assert len(drawn.asked) == 8
+  assert 'the last line was cut short' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('changed', [('a', 'xy'), ('a',), ('a', 'b', 'c')])
-def test_a_part_of_other_prompts_is_refused(tmp_path, drawn, changed):
-  part = interrupt(tmp_path, drawn)
-  with pytest.raises(InputError, match=f'{part}: the prompts have changed'):
-    attempt(tmp_path, prompts(*changed))
+def test_a_damaged_line_is_named(tmp_path, drawn):
+  log = interrupt(tmp_path, drawn)
+  lines = log.read_text().splitlines(keepends=True)
+  log.write_text(''.join([lines[0], '{"prompt_id"\n', *lines[2:]]))
+  with pytest.raises(InputError, match=f'{log}, line 2: the line is damaged'):
+    attempt(tmp_path)
+
+
+@pytest.mark.parametrize(('asked', 'draws', 'field'), [
+    (prompts('a', 'xy', 'd', 'e', 'f'), DRAWS, 'prompts'),
+    (PROMPTS[:4], DRAWS, 'prompts'),
+    (PROMPTS, Draws(count=3, temperature=1.0, seed=0), 'temperatures'),
+    (PROMPTS, Draws(count=2, temperature=1.0, seed=1), 'seed'),
+])
+def test_samples_of_something_else_are_refused(tmp_path, drawn, asked, draws, field):
+  log = interrupt(tmp_path, drawn)
+  with pytest.raises(InputError, match=f'{log}: the file was begun with another {field}'):
+    attempt(tmp_path, asked, draws)
+
+
+def test_log_probs_go_through_the_log_unchanged(tmp_path, drawn):
+  """They are float32 in the table; JSON has them as the shortest decimal that is read back so."""
+  rows = attempt(tmp_path).to_pylist()
+  assert {x for row in rows for x in row['logprobs']} == {
+      tables.SAMPLES.field('logprobs').type.value_type.to_pandas_dtype()(-0.1)}
+  assert json.loads(json.dumps(-0.1)) == -0.1
 
 
 def test_speed_counts_what_this_attempt_drew(tmp_path, drawn, monkeypatch):
   interrupt(tmp_path, drawn)
-  clock = itertools.count()   # each of the two parts that are left takes a second
-  monkeypatch.setattr(
-      sample_stage, 'time', types.SimpleNamespace(perf_counter=lambda: next(clock)))
-  attempt(tmp_path, PROMPTS)
+  clock = itertools.count()   # drawing takes a second
+  monkeypatch.setattr(sample_stage, 'time', types.SimpleNamespace(
+      perf_counter=lambda: next(clock), monotonic=lambda: 0))
+  attempt(tmp_path)
   record, = read_metrics(tmp_path / 'metrics.jsonl')
-  assert (record['stage'], record['samples'], record['tokens']) == ('sample', 10, 20)
-  assert record['perf/tokens_per_second'] == 12 / 2
+  assert (record['stage'], record['samples']) == ('sample', 10)
+  # Drawn in this attempt: both draws of 'a', 'bc' and 'd', and one of 'e'.
+  assert record['perf/tokens_per_second'] == 2 * (2 + 3 + 2) + 2
