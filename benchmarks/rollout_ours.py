@@ -13,9 +13,10 @@ from benchmarks.rollout_worker import Contender
 from benchmarks.rollout_workload import VOCABULARY, Workload
 from jaxrl.models.hugging_face import load_params, read_config
 from jaxrl.parallel.mesh import make_mesh
-from jaxrl.sampling.engine import EngineConfig, make_engine
+from jaxrl.sampling.engine import make_engine
 from jaxrl.sampling.generate import engine_params, generate
 from jaxrl.sampling.requests import Request, SamplingConfig
+from jaxrl.sampling.sizes import EngineConfig
 
 
 def load(folder: str, dtype: str, batch: int, workload: Workload) -> Contender:
@@ -23,8 +24,9 @@ def load(folder: str, dtype: str, batch: int, workload: Workload) -> Contender:
   config, mesh = read_config(folder), make_mesh()
   engine = make_engine(
       config, SamplingConfig(workload.max_new_tokens, top_p=workload.top_p),
-      EngineConfig(slots=batch, dtype=dtype), mesh, max_prompt=workload.longest_prompt,
-      eos_ids=(VOCABULARY,), pad_id=0)     # an EOS that is never drawn
+      EngineConfig(slots=batch, dtype=dtype, prefill_tokens=256, shrink=True), mesh,
+      max_prompt=workload.longest_prompt, pad_id=0,
+      eos_ids=(VOCABULARY,))     # an EOS that is never drawn
   params = engine_params(engine, load_params(folder, config, mesh=mesh, dtype=dtype))
 
   def draw(requests: list[Request], seed: int) -> list[list[int]]:
@@ -42,6 +44,7 @@ def load(folder: str, dtype: str, batch: int, workload: Workload) -> Contender:
   def greedy(prompt: tuple[int, ...], tokens: int) -> list[int]:
     return draw([Request(0, 0, prompt, temperature=0.0, max_new_tokens=tokens)], 0)[0]
 
+  sample(workload, 0)     # compiles for every number of slots that a round ends with
   return Contender(sample, greedy, (
       f'jaxrl, jax {jax.__version__}: weights, products and cache {dtype}, draws in float32, '
       f'log-probs kept, {batch} slots'), engine.compiled_programs)

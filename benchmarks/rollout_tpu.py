@@ -35,9 +35,10 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import read_config
 from jaxrl.models.params import count_params, decoder_specs, is_spec
 from jaxrl.parallel.mesh import make_mesh
-from jaxrl.sampling.engine import Engine, EngineConfig, make_engine
+from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.sampling.rollout_params import rollout_specs
+from jaxrl.sampling.sizes import EngineConfig
 from tests.published_configs import PUBLISHED
 
 CASES = ('v5e:2x2/4/128', 'v6e:2x2/4/384', 'v6e:2x2/1/128')

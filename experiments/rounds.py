@@ -24,7 +24,14 @@ import jax
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, data_flags, lora_flags, rounds_flags, world
+from experiments import (
+    common_flags,
+    data_flags,
+    engine_flags,
+    lora_flags,
+    rounds_flags,
+    world,
+)
 from experiments.rounds_flags import RoundsConfig
 from jaxrl.data.batches import Pair, pair_arrays, shuffled_batches
 from jaxrl.errors import InputError
@@ -45,7 +52,8 @@ from jaxrl.runs.select_stage import select_stage
 from jaxrl.runs.session import Model, Session
 from jaxrl.runs.shift_stage import shift_stage
 from jaxrl.runs.train_stage import Trainer, make_trainer, train_stage
-from jaxrl.sampling.engine import Engine, EngineConfig, make_engine
+from jaxrl.sampling.engine import Engine, make_engine
+from jaxrl.sampling.header import common_header
 from jaxrl.tokens.prompts import EncodedPrompt
 from jaxrl.training.loop import LoopConfig, check_loop
 from jaxrl.training.objectives import preference_objective
@@ -232,11 +240,14 @@ def iterate(
   check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
              micro_batches=FLAGS.micro_batches, mesh=session.mesh)
   adapted = lora_flags.adapted(session.model)
-  engine = make_engine(
-      session.model, config.sampling, EngineConfig(FLAGS.slots, dtype=session.compute.dtype),
-      session.mesh, max_prompt=FLAGS.max_prompt_length, eos_ids=session.tokenizer.eos_ids,
-      pad_id=session.tokenizer.pad_id)
   sets = read_problems(session, config, paths, labelled)
+  engine = make_engine(
+      session.model, config.sampling, engine_flags.engine_config(session.compute.dtype),
+      session.mesh, max_prompt=FLAGS.max_prompt_length, eos_ids=session.tokenizer.eos_ids,
+      pad_id=session.tokenizer.pad_id, draws=config.samples_per_prompt,
+      held=sessions.master_bytes(session),
+      header=common_header(p.ids for problems in sets.values() for p in problems.prompts))
+  session.progress.line(f'rollouts: {engine.sizes}')
   if FLAGS.model is None:
     # Rows of writing are longer than any others.
     seed_lengths = lengths + ((world_writing.longest - 1,) if world_writing else ())

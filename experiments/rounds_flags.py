@@ -11,7 +11,7 @@ from types import ModuleType
 import jax
 from absl import flags
 
-from experiments import common_flags, data_flags, lora_flags, world
+from experiments import common_flags, data_flags, engine_flags, lora_flags, world
 from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.rewards.checking import AnswerRule
@@ -19,7 +19,7 @@ from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-MODULES = (common_flags, data_flags, lora_flags, world, sys.modules[__name__])
+MODULES = (common_flags, data_flags, engine_flags, lora_flags, world, sys.modules[__name__])
 
 flags.DEFINE_integer('iterations', 3, 'Iterations.', lower_bound=1)
 flags.DEFINE_integer('samples_per_prompt', 8, 'Responses drawn per training prompt (N).',
@@ -35,7 +35,6 @@ flags.DEFINE_integer('dev_prompts', 0, 'Training prompts, with their gold answer
 flags.DEFINE_integer('votes', 8, 'Samples per held-out problem for the majority vote; 0: none.',
                      lower_bound=0)
 flags.DEFINE_float('vote_temperature', 0.8, 'Temperature of the vote.', lower_bound=0.0)
-flags.DEFINE_integer('slots', 256, 'Responses decoded together.', lower_bound=1)
 flags.DEFINE_integer('score_batch', 32, 'Responses per batch of the reference stage.',
                      lower_bound=1)
 
@@ -109,6 +108,9 @@ def check(idle: dict[str, str], modules: Iterable[ModuleType]) -> RoundsConfig:
   if min(temperatures) <= 0:
     raise InputError('all samples of a prompt would be the same', where='--temperature',
                      expected='numbers > 0', found=temperatures)
+  if FLAGS.top_p == 0:
+    raise InputError('all samples of a prompt would be the same', where='--top_p',
+                     expected='a number > 0', found=0)
   if FLAGS.votes > 1 and FLAGS.vote_temperature == 0:
     raise InputError('all votes on a problem would be the same', where='--vote_temperature',
                      expected='a number > 0, or --votes=0', found=0)

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common_flags, sample_flags, score
+from experiments import common_flags, engine_flags, sample_flags, score
 from experiments.sample_flags import SampleFlags
 from jaxrl.data.readers import read_problems, read_prompt
 from jaxrl.data.rows import (
@@ -51,6 +51,7 @@ from jaxrl.runs.sample_log import SampleLog, open_log
 from jaxrl.runs.session import open_model_folder
 from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.generate import engine_params, generate
+from jaxrl.sampling.header import common_header
 from jaxrl.sampling.requests import Request, Sample, SamplingConfig
 from jaxrl.tokens.prompts import Prompt, prompt_ids, render_prompt, system_into_user
 from jaxrl.tokens.tokenizer import Tokenizer, decode, response_ids
@@ -369,9 +370,12 @@ def sample_file(
   engine = None
   if asked.choices_field is None:
     engine = make_engine(
-        c, sampling, sample_flags.engine_config(found.prompts * asked.n, mesh), mesh,
+        c, sampling, engine_flags.engine_config(FLAGS.compute_dtype), mesh,
         max_prompt=found.longest_prompt, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
-        decode_text=functools.partial(decode, tokenizer) if sampling.stop_strings else None)
+        decode_text=functools.partial(decode, tokenizer) if sampling.stop_strings else None,
+        header=common_header(e['prompt_ids'] for e in entries(spool) if 'error' not in e),
+        draws=asked.n, requests=found.prompts * asked.n)
+    progress.line(f'rollouts: {engine.sizes}')
   programs, start = count_programs(), time.monotonic()
   with open_log(what.log_path, header, say=progress.line) as log:
     check_draws(log, asked)

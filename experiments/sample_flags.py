@@ -6,13 +6,13 @@ import dataclasses
 import math
 import os
 
-import jax
 from absl import flags
 from etils import epath
 
 from experiments import (
     common_flags,
     data_flags,
+    engine_flags,
     lora_flags,
     output_flag,
     rounds_flags,
@@ -22,7 +22,6 @@ from experiments import (
 from jaxrl.data.tasks import Task
 from jaxrl.errors import InputError
 from jaxrl.rewards.checking import AnswerRule
-from jaxrl.sampling.engine import EngineConfig
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.sampling.stop_strings import check_stop_strings
 from jaxrl.tokens.tokenizer import Tokenizer, decode, response_ids
@@ -44,9 +43,6 @@ flags.DEFINE_string('forced_prefix', None, 'Text that every response begins with
 flags.DEFINE_float('repetition_penalty', 1.0, 'Divides positive logits, and multiplies negative '
                    'ones, of ids that prompt or response have.')
 flags.DEFINE_float('presence_penalty', 0.0, 'Subtracted from logits of ids the response has.')
-flags.DEFINE_integer('cadence', 16, 'Decode steps between looks of the host.', lower_bound=1)
-flags.DEFINE_enum('kv_cache', 'dtype', ['dtype', 'int8'], 'How keys and values are kept: as '
-                  '--compute_dtype, or as int8 with one scale per key.')
 flags.DEFINE_bool('prompt_logprobs', False, 'Write the log-prob of each id of the prompt as well.')
 flags.DEFINE_string('choices_field', None, 'Field with a list of responses to score in place of '
                     'sampling: their log-likelihood, and which is best.')
@@ -57,14 +53,15 @@ flags.DEFINE_enum('keep', 'all', ['all', 'best', 'majority'], 'Which samples of 
 # The shared flags that act here; the others belong to training and its rounds.
 USED = ('model', 'adapter', 'seed', 'mesh', 'compute_dtype', 'logp_chunk', 'batch_size',
         'length_buckets', 'over_length', 'task', 'prompt_field', 'id_field', 'template',
-        'temperature', 'top_p', 'max_new_tokens', 'slots', 'data', 'storage', 'system_in_user',
+        'temperature', 'top_p', 'max_new_tokens', 'data', 'storage', 'system_in_user',
         'end_of_response')
 LENDERS = (common_flags, data_flags, lora_flags, rounds_flags, score_flags, world)
 # What says how tokens are drawn.
 DRAWING = ('n', 'temperature', 'top_p', 'top_k', 'min_p', 'max_new_tokens', 'min_new_tokens',
            'stop', 'stop_token_ids', 'logit_bias', 'ban', 'forced_prefix', 'repetition_penalty',
-           'presence_penalty', 'seed', 'slots', 'cadence', 'kv_cache', 'keep')
-flags.adopt_module_key_flags(output_flag)
+           'presence_penalty', 'seed', 'keep', *engine_flags.NAMES)
+for module in (engine_flags, output_flag):
+  flags.adopt_module_key_flags(module)
 for key in USED:
   flags.declare_key_flag(key)
 
@@ -238,15 +235,6 @@ def complete_sampling(sampling: SamplingConfig, tokenizer: Tokenizer) -> Samplin
     raise InputError('every response would stop in its forced prefix', where='--forced_prefix',
                      expected='text without --stop', found=repr(text))
   return dataclasses.replace(sampling, forced_ids=ids)
-
-
-def engine_config(samples: int, mesh: jax.sharding.Mesh) -> EngineConfig:
-  """Sizes of the engine; no more slots than there are samples to draw, unless they are given."""
-  slots = FLAGS.slots
-  if not FLAGS['slots'].present:
-    slots = min(slots, -(-samples // mesh.size) * mesh.size)
-  return EngineConfig(slots=slots, cadence=FLAGS.cadence, dtype=FLAGS.compute_dtype,
-                      kv_cache=FLAGS.kv_cache)
 
 
 def storage() -> str:

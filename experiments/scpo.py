@@ -22,7 +22,15 @@ from collections.abc import Mapping, Sequence, Set
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, rounds, rounds_flags, scpo_flags, scpo_table, world
+from experiments import (
+    common_flags,
+    engine_flags,
+    rounds,
+    rounds_flags,
+    scpo_flags,
+    scpo_table,
+    world,
+)
 from experiments.rounds import Method, PairRows, Round
 from experiments.scpo_flags import ScpoConfig
 from jaxrl.preferences.irpo import cap
@@ -31,7 +39,7 @@ from jaxrl.preferences.scpo import VoteConfig, build_vote_pairs
 from jaxrl.runs.problem_set import ProblemSet
 from jaxrl.runs.session import PAIR_STREAM, WRITE_STREAM, Session
 from jaxrl.runs.write_stage import Writing, write_stage
-from jaxrl.sampling.engine import Engine, EngineConfig, make_engine
+from jaxrl.sampling.engine import Engine, make_engine
 
 FLAGS = flags.FLAGS
 for module in scpo_flags.MODULES:
@@ -68,7 +76,7 @@ def _writer(config: ScpoConfig, session: Session) -> Engine:
   """Its prompts are longer than those that ask a problem, and its responses shorter."""
   sampling = dataclasses.replace(config.sampling, max_new_tokens=FLAGS.max_new_problem)
   return make_engine(
-      session.model, sampling, EngineConfig(FLAGS.slots, dtype=session.compute.dtype),
+      session.model, sampling, engine_flags.engine_config(session.compute.dtype),
       session.mesh, max_prompt=FLAGS.max_writer_prompt, eos_ids=session.tokenizer.eos_ids,
       pad_id=session.tokenizer.pad_id)
 

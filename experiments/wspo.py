@@ -30,6 +30,7 @@ from etils import epath
 from experiments import (
   common_flags,
   data_flags,
+  engine_flags,
   lora_flags,
   world,
   wspo_flags,
@@ -57,7 +58,7 @@ from jaxrl.runs.score_stage import check_rows
 from jaxrl.runs.session import Session
 from jaxrl.runs.train_stage import make_trainer, train_stage
 from jaxrl.runs.weak_stage import Responses, check_tokenizers, logps_stage, session_for, weak_stage
-from jaxrl.sampling.engine import Engine, EngineConfig, make_engine
+from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.generate import engine_params
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.tokens.prompts import prompt_ids
@@ -262,9 +263,9 @@ def train_strong(session: Session, inputs: Inputs, options: Mapping, start: epat
 def engine_for(session: Session) -> Engine:
   return make_engine(
       session.model, SamplingConfig(FLAGS.max_new_tokens),
-      EngineConfig(FLAGS.slots, dtype=session.compute.dtype), session.mesh,
+      engine_flags.engine_config(session.compute.dtype), session.mesh,
       max_prompt=FLAGS.max_prompt_length, eos_ids=session.tokenizer.eos_ids,
-      pad_id=session.tokenizer.pad_id)
+      pad_id=session.tokenizer.pad_id, held=sessions.master_bytes(session))
 
 
 def read_problems(session: Session, path: epath.Path, limit: int | None) -> ProblemSet:

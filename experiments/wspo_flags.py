@@ -8,18 +8,26 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import common_flags, data_flags, lora_flags, rounds_flags, sft_flags, world
+from experiments import (
+    common_flags,
+    data_flags,
+    engine_flags,
+    lora_flags,
+    rounds_flags,
+    sft_flags,
+    world,
+)
 from jaxrl.errors import InputError
 from jaxrl.losses.wspo import LEVELS
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-OWN = (common_flags, data_flags, lora_flags, world)
+OWN = (common_flags, data_flags, engine_flags, lora_flags, world)
 LENDERS = (rounds_flags, sft_flags)
 MODULES = (*OWN, *LENDERS, sys.modules[__name__])
 WORLD_FLAGS = Path(__file__).parent / 'flags' / 'wspo_world.flags'
 # What is sampled here is greedy answers, and what is trained on comes from a file.
-SAMPLING = ('max_new_tokens', 'max_prompt_length', 'slots')
+SAMPLING = ('max_new_tokens', 'max_prompt_length')
 BORROWED = (*SAMPLING, 'score_batch', 'max_length')
 # The strong model of the embedded world starts better than the weak one.
 STRONG_ACCURACY = 0.5
@@ -75,7 +83,7 @@ def without_effect() -> dict[str, str]:
                         '--model is given, so there is no embedded world')
   if FLAGS.test is None:
     of_test = ('task', 'test_limit', 'prompt_field', 'answer_field', 'id_field', 'template',
-               'check_timeout', *SAMPLING)
+               'check_timeout', *SAMPLING, *engine_flags.NAMES)
     idle |= dict.fromkeys(of_test, 'no --test problems to answer')
   elif FLAGS.task != 'math':
     idle['check_timeout'] = f'--task={FLAGS.task} compares no expressions'

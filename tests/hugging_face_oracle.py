@@ -15,9 +15,10 @@ from jaxrl.models import decoder
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import load_params, read_config
 from jaxrl.parallel.mesh import make_mesh
-from jaxrl.sampling.engine import EngineConfig, make_engine
+from jaxrl.sampling.engine import make_engine
 from jaxrl.sampling.generate import engine_params, generate
 from jaxrl.sampling.requests import Request, SamplingConfig
+from jaxrl.sampling.sizes import EngineConfig
 from tests.family_shapes import LLAMA3_ROPE, SHAPES, SMALL
 from tests.tiny_model import QUICK
 

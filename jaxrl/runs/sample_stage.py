@@ -75,7 +75,7 @@ def _rows(
       rows.append({
           'prompt_id': prompt.prompt_id, 'sample_index': index, 'prompt': prompt.text,
           'response': decode(session.tokenizer, record['response_ids']),
-          'prompt_ids': list(prompt.ids)} | record)
+          'prompt_ids': list(prompt.ids), **record})
   return rows
 
 

@@ -15,6 +15,7 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.frozen import load_frozen
 from jaxrl.models.hugging_face import load_params, read_config, save_model
 from jaxrl.models.identity import identity
+from jaxrl.models.params import count_params
 from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.stages import Run
@@ -88,6 +89,12 @@ def load_model(session: Session, folder: epath.Path) -> Model:
   config = _same_config(session, folder)
   params = load_params(folder, config, mesh=session.mesh, dtype=jnp.dtype(session.param_dtype))
   return Model(folder, params, identity(params))
+
+
+def master_bytes(session: Session) -> int:
+  """Bytes that the parameters of training will take on each device."""
+  parts = session.mesh.shape['fsdp'] * session.mesh.shape['tensor']
+  return count_params(session.model) * jnp.dtype(session.param_dtype).itemsize // parts
 
 
 def load_reference(session: Session, folder: epath.Path, storage: str) -> Model:

@@ -23,26 +23,19 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.parallel.mesh import rollout_mesh
 from jaxrl.sampling import cache, penalties
 from jaxrl.sampling.cache import empty_region
+from jaxrl.sampling.memory import choose_slots
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.sampling.rollout_params import rollout_specs
-from jaxrl.sampling.slots import Slots, decode_slots, empty_slots, start_slots
+from jaxrl.sampling.sizes import RING_BLOCK, EngineConfig, prompt_rows, region_length
+from jaxrl.sampling.slots import (
+    Slots,
+    decode_slots,
+    empty_slots,
+    halve_slots,
+    start_slots,
+)
 
 DecodeText = Callable[[Sequence[int]], str]
-RING_BLOCK = 64               # keys; rings are read in blocks, see kernels.decoding
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-  """Sizes of the engine; they change speed, never samples."""
-
-  slots: int = 256            # responses decoded together, over all devices
-  cadence: int = 16           # at most so many decode steps between looks of the host
-  prefill_tokens: int = 512   # tokens computed in one prefill, per part of the mesh
-  prompt_multiple: int = 32   # prompts are padded to this, doubled as often as needed
-  chunk: int = 512            # longer prompts are computed in chunks of this
-  tensor: int | None = None   # devices that share one copy of the parameters; None: as in training
-  dtype: str = 'bfloat16'     # of matrix products and of the cache
-  kv_cache: str = 'dtype'     # 'dtype', or 'int8' with one scale per key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +47,7 @@ class Engine:
   first_chunk: Any           # jitted: (params, prompts, header, *chunk) -> prompts
   next_chunk: Any            # jitted: the same, where a chunk has come before
   start: Any                 # jitted: (slots, assignments) -> slots
+  halve: Any                 # jitted: (slots, kept, readers) -> half as many slots
   decode: Any                # jitted: (params, slots, prompts, header, seed, enough) -> slots
   model: ModelConfig
   sampling: SamplingConfig
@@ -64,6 +58,7 @@ class Engine:
   pad_id: int
   header_ids: tuple[int, ...]
   decode_text: DecodeText | None
+  sizes: str                  # in a sentence: how many slots, and why so many
 
   @property
   def parts(self) -> int:
@@ -72,6 +67,7 @@ class Engine:
 
   @property
   def slots_per_part(self) -> int:
+    assert self.config.slots is not None, 'make_engine has chosen'
     return self.config.slots // self.parts
 
   def prompt_rows(self, readers: int) -> int:
@@ -84,28 +80,8 @@ class Engine:
     At most (number of `prompt_widths` + 4) for each number of readers in use, which is a power of
     two, and one for the header.
     """
-    programs = (self.header, self.first_chunk, self.next_chunk, self.start, self.decode)
+    programs = (self.header, self.first_chunk, self.next_chunk, self.start, self.halve, self.decode)
     return self.empty.cache_info().currsize + sum(program._cache_size() for program in programs)
-
-
-def prompt_widths(longest: int, config: EngineConfig) -> tuple[int, ...]:
-  """Padded lengths of a chunk: the multiple, doubled until the longest fits, at most `chunk`."""
-  widths = [min(config.prompt_multiple, config.chunk)]
-  while widths[-1] < min(longest, config.chunk):
-    widths.append(min(2 * widths[-1], config.chunk))
-  return tuple(widths)
-
-
-def region_length(longest: int, config: EngineConfig) -> int:
-  """Keys in a row of the prompt region: whole chunks where a prompt may have several."""
-  if longest <= config.chunk:
-    return prompt_widths(longest, config)[-1]
-  return math.ceil(longest / config.chunk) * config.chunk
-
-
-def prompt_rows(slots: int, readers: int) -> int:
-  """Rows of the prompt region: twice what full slots need, for prompts with few draws left."""
-  return slots if readers == 1 else min(slots, 2 * math.ceil(slots / readers) + 1)
 
 
 def make_engine(
@@ -119,6 +95,9 @@ def make_engine(
     pad_id: int,
     header: Sequence[int] = (),
     decode_text: DecodeText | None = None,
+    draws: int = 1,
+    requests: int | None = None,
+    held: int = 0,
 ) -> Engine:
   """Builds the engine; nothing is compiled until the first `generate`.
 
@@ -128,6 +107,10 @@ def make_engine(
     header: ids that many prompts begin with (a few-shot header, a judge's instructions), computed
       and stored once per `generate`. A prompt that begins otherwise is computed whole.
     decode_text: ids to text; needed where there are stop strings.
+    draws: of each prompt, and `requests` in all, as far as they are known; a number of slots that
+      is not given is chosen by them and the memory at hand.
+    held: bytes of that memory, per device, that something else will take: parameters in training
+      that are not there yet.
 
   Raises:
     InputError: the slots do not divide over the devices, another size is not positive, no EOS,
@@ -136,6 +119,11 @@ def make_engine(
   """
   mesh, header = rollout_mesh(mesh, config.tensor), tuple(header)
   _check_sizes(model, sampling, config, mesh, max_prompt, header)
+  sizes = f'{config.slots} slots, as asked'
+  if config.slots is None:
+    choice = choose_slots(model, sampling, config, mesh, max_prompt=max_prompt, draws=draws,
+                          requests=requests, held=held)
+    config, sizes = dataclasses.replace(config, slots=choice.slots), choice.why
   _check_tokens(model, sampling, eos_ids, decode_text)
   spec, tensor = PartitionSpec, 'tensor' if mesh.shape['tensor'] > 1 else None
   rows = spec('data')
@@ -144,9 +132,18 @@ def make_engine(
   slots: Any = Slots(**{  # type: ignore[arg-type]
       f.name: rings if f.name == 'rings' else rows for f in dataclasses.fields(Slots)})
   mapped = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+  def jit(program, out_specs, **options):
+    # Said outright, as else each program has its own way to say where the same thing lies, and
+    # what comes of one is compiled for anew by the next.
+    places = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), out_specs,
+                          is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.jit(program, out_shardings=places, **options)
+
   region = functools.partial(empty_region, model, dtype=jnp.dtype(config.dtype),
                              quantised=config.kv_cache == 'int8')
   heads = model.n_kv // mesh.shape['tensor']
+  assert config.slots is not None
   per_part = config.slots // mesh.shape['data']
 
   def with_params(program, *, in_specs, out_specs):
@@ -165,13 +162,13 @@ def make_engine(
       made = empty_slots(per_part, count, readers, model, sampling, rings=rings)
       return made, region((count, heads, region_length(max_prompt - 1, config)))
 
-    return jax.jit(mapped(make, in_specs=(), out_specs=(slots, prompts)))
+    return jit(mapped(make, in_specs=(), out_specs=(slots, prompts)), (slots, prompts))
 
   def chunk(continues: bool):
     part = functools.partial(cache.prefill, c=model, continues=continues)
-    return jax.jit(
+    return jit(
         with_params(part, in_specs=(prompts, shared_header, rows, rows, rows, rows, spec()),
-                    out_specs=prompts), donate_argnums=1)
+                    out_specs=prompts), prompts, donate_argnums=1)
 
   def compute_header(weights, tokens):
     length = tokens.shape[0] * tokens.shape[2]
@@ -183,14 +180,15 @@ def make_engine(
       in_specs=(slots, prompts, shared_header, spec(), rows), out_specs=slots)
   return Engine(
       empty=empty,
-      header=jax.jit(
-          with_params(compute_header, in_specs=(spec(),), out_specs=shared_header)),
+      header=jit(with_params(compute_header, in_specs=(spec(),), out_specs=shared_header),
+                 shared_header),
       first_chunk=chunk(False), next_chunk=chunk(True),
-      start=jax.jit(mapped(start_slots, in_specs=(slots, rows), out_specs=slots),
-                    donate_argnums=0),
-      decode=jax.jit(decode, donate_argnums=1), model=model, sampling=sampling, config=config,
+      start=jit(mapped(start_slots, in_specs=(slots, rows), out_specs=slots), slots,
+                donate_argnums=0),
+      halve=jit(mapped(halve_slots, in_specs=(slots, rows, rows), out_specs=slots), slots),
+      decode=jit(decode, slots, donate_argnums=1), model=model, sampling=sampling, config=config,
       mesh=mesh, max_prompt=max_prompt, eos_ids=eos_ids, pad_id=pad_id, header_ids=header,
-      decode_text=decode_text)
+      decode_text=decode_text, sizes=sizes)
 
 
 def _check_sizes(
@@ -198,7 +196,7 @@ def _check_sizes(
     max_prompt: int, header: tuple[int, ...],
 ) -> None:
   parts, tensor = mesh.shape['data'], mesh.shape['tensor']
-  if config.slots % parts or config.slots < 1:
+  if config.slots is not None and (config.slots % parts or config.slots < 1):
     raise InputError('slots must divide evenly over the devices', where='--slots',
                      expected=f'a positive multiple of {parts}', found=config.slots)
   for name in ('cadence', 'prefill_tokens', 'prompt_multiple', 'chunk'):
@@ -210,7 +208,8 @@ def _check_sizes(
                      found=config.kv_cache)
   if model.n_kv % tensor or model.d_mlp % tensor:
     raise InputError(
-        'the model cannot be split over so many devices', where='--rollout_tensor',
+        'the model cannot be split over so many devices',
+        where='--rollout_tensor, or the tensor axis of --mesh',
         expected=f'a divisor of {model.n_kv} key heads and {model.d_mlp} columns', found=tensor)
   if max_prompt + sampling.max_new_tokens > model.max_length:
     raise InputError(

@@ -12,14 +12,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl.errors import InputError
 from jaxrl.models.params import Params
-from jaxrl.sampling.engine import Engine, prompt_widths
+from jaxrl.sampling.engine import Engine
 from jaxrl.sampling.requests import Request, Sample
 from jaxrl.sampling.rollout_params import rollout_params
 from jaxrl.sampling.schedule import Placement, Schedule
+from jaxrl.sampling.sizes import prompt_widths
 from jaxrl.sampling.slots import ASSIGNED
 from jaxrl.sampling.stop_strings import first_stop
 
 Refused = Callable[[int, InputError], None]
+FEWEST_SLOTS = 8              # of a part; fewer take as long
 
 
 def generate(
@@ -68,9 +70,9 @@ def generate(
   else:
     numbered = _sound(engine, requests, refuse)
   readers = min(1 << (max(draws or 1, 1) - 1).bit_length(), engine.slots_per_part)
-  schedule = Schedule(
-      numbered, parts=engine.parts, slots=engine.slots_per_part,
-      rows=engine.prompt_rows(readers), members=readers, lookahead=4 * engine.config.slots)
+  slots = engine.slots_per_part
+  schedule = Schedule(numbered, parts=engine.parts, slots=slots, rows=engine.prompt_rows(readers),
+                      members=readers, lookahead=4 * slots * engine.parts)
   if schedule.waiting:
     yield from _Rollout(engine, params, schedule, seed, step).samples()
 
@@ -108,11 +110,10 @@ def _fault(engine: Engine, number: int, r: Request) -> InputError | None:
     if not 0 <= value < 2**32:
       return InputError(f'{name} out of range', where=where, expected='0 to 2**32 - 1',
                         found=value)
-  if r.max_new_tokens is not None and not (
-      max(engine.sampling.min_new_tokens, 1) <= r.max_new_tokens <= most):
-    return InputError(
-        'max_new_tokens out of range', where=where, found=r.max_new_tokens,
-        expected=f'from {max(engine.sampling.min_new_tokens, 1)} to the engine\'s {most}')
+  least = max(engine.sampling.min_new_tokens, len(engine.sampling.forced_ids) + 1)
+  if r.max_new_tokens is not None and not least <= r.max_new_tokens <= most:
+    return InputError('max_new_tokens out of range', where=where, found=r.max_new_tokens,
+                      expected=f"from {least} to the engine's {most}")
   return None
 
 
@@ -124,7 +125,7 @@ class _Rollout:
     self.engine, self.params, self.schedule = engine, params, schedule
     self.seed, self.step = seed, step
     self.requests: dict[int, Request] = {}               # of busy slots, by slot
-    self.matched = np.zeros(engine.config.slots, int)    # ids without a stop string so far
+    self.matched = np.zeros(schedule.count, int)    # ids without a stop string so far
     rows = schedule.rows * engine.parts
     self.length, self.first = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     self.headed = np.zeros(rows, bool)
@@ -154,14 +155,16 @@ class _Rollout:
   def samples(self) -> Iterator[Sample]:
     """Decodes until nothing waits and nothing is busy."""
     engine, schedule = self.engine, self.schedule
-    refill_at = max(engine.slots_per_part // 16, 1)
-    halts = np.zeros(engine.config.slots, bool)
+    refill_at = max(schedule.slots // 16, 1)
+    halts = np.zeros(schedule.count, bool)
     while schedule.waiting or schedule.busy().size:
       placed = schedule.fill()
       if placed or halts.any():
         self._prefill([p for p in placed if p.fresh])
         self._start(placed, halts)
-      busy = np.bincount(schedule.busy() // engine.slots_per_part, minlength=engine.parts)
+      if engine.config.shrink:
+        self._shrink()
+      busy = schedule.busy_by_part()
       # Back to the host as soon as some slots can be given away, or else when all have ended.
       enough = np.maximum(busy - refill_at, 0) if schedule.waiting else np.zeros_like(busy)
       self.slots = self._run(
@@ -169,6 +172,22 @@ class _Rollout:
           self._put(enough.astype(np.int32)))
       finished, halts = self._finished()
       yield from finished
+
+  def _shrink(self) -> None:
+    """Goes on with half the slots once all that is left fits into them, as often as it does."""
+    schedule = self.schedule
+    half = schedule.slots // 2
+    if schedule.waiting or half < FEWEST_SLOTS or schedule.busy_by_part().max() > half:
+      return
+    kept = schedule.halve()                              # [parts, half], slots within their part
+    whole = (kept + 2 * half * np.arange(self.engine.parts)[:, None]).reshape(-1)
+    self.requests = {
+        new: self.requests[old] for new, old in enumerate(whole.tolist())
+        if old in self.requests}
+    self.matched = self.matched[whole]
+    self.slots = self._run(
+        self.engine.halve, self.slots, self._put(kept.reshape(-1)), self._put(schedule.readers))
+    self._shrink()
 
   def _prefill(self, fresh: Sequence[Placement]) -> None:
     """Computes the prompts of new rows, those of like length together."""
@@ -210,8 +229,9 @@ class _Rollout:
           self._put(np.int32(n * width), PartitionSpec()))
 
   def _start(self, placed: Sequence[Placement], halts: np.ndarray) -> None:
-    engine, schedule, slots = self.engine, self.schedule, self.engine.config.slots
-    assign = {name: np.zeros(slots, kind) for name, kind in ASSIGNED.items()}
+    engine, schedule, slots = self.engine, self.schedule, self.schedule.count
+    assign: dict[str, np.ndarray] = {
+        name: np.zeros(slots, kind) for name, kind in ASSIGNED.items()}
     assign['starts'] = np.zeros(slots, bool)
     width = engine.max_prompt if engine.sampling.remembers_prompt else 0
     assign['prompt'] = np.full((slots, width), engine.model.vocab_size, np.int32)
@@ -235,7 +255,7 @@ class _Rollout:
     engine, schedule = self.engine, self.schedule
     busy, new = jax.device_get((self.slots.busy, self.slots.new))
     held = schedule.busy()
-    halts = np.zeros(engine.config.slots, bool)
+    halts = np.zeros(schedule.count, bool)
     stops = engine.sampling.stop_strings
     if not stops and busy[held].all():
       return [], halts

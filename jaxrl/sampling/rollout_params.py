@@ -1,8 +1,7 @@
 """Parameters as the engine reads them: in the compute dtype, laid out for sampling.
 
-Masters stay where they are. The copy is filled block by block, cast before it travels, so that
-beyond masters and copy no more than `2 * block_bytes` are held, or twice the largest matrix outside
-the layers where that is more; there is no second copy in float32.
+Masters stay where they are. The copy is filled block by block over the links between the devices,
+cast before it travels; there is no second copy in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.lora import lora_specs
@@ -44,7 +44,11 @@ def rollout_params(
 ) -> Params:
   """`params` for an engine on `mesh`, which is `rollout_mesh` of the mesh that they lie on.
 
-  Weights stored as int8 stay so. An array that already is what is asked for is not copied.
+  Weights stored as int8 stay so. An array that already is what is asked for is not copied. Beyond
+  masters and copy a device holds no more than `2 * block_bytes` at any time, or twice the largest
+  of what cannot be cut where that is more: one layer of a stack, an embedding or output matrix
+  whose rows and columns are both split. Arrays that lie elsewhere (on the host) are first laid out
+  whole, one at a time.
   """
   def one(x, spec):
     if isinstance(x, Int8):
@@ -56,31 +60,55 @@ def rollout_params(
                       is_leaf=lambda x: isinstance(x, Int8))
 
 
-def _moved(x: jax.Array, to: NamedSharding, dtype, block_bytes: int) -> jax.Array:
-  x = jnp.asarray(x)
-  if x.dtype == dtype and x.sharding.is_equivalent_to(to, x.ndim):
-    return x
-  blocks = _blocks(x, to, dtype, block_bytes)
-  if blocks == 1:
+def _moved(x: jax.Array | np.ndarray, to: NamedSharding, dtype, block_bytes: int) -> jax.Array:
+  held = _sharding_on(to, x)
+  if held is None:
+    x, held = jax.device_put(x, to), to
+  assert isinstance(x, jax.Array)
+  if held.is_equivalent_to(to, x.ndim):
+    # The same buffers where nothing is cast, so that all parameters are on one mesh.
     return jax.device_put(x if x.dtype == dtype else _cast(x, dtype), to)
-  with jax.set_mesh(to.mesh):
-    made = _zeros(x.shape, dtype, to)
-  rows = x.shape[0] // blocks
-  for n in range(blocks):
-    block = jax.device_put(_cast_rows(x, n * rows, rows, dtype), to)
-    with jax.set_mesh(to.mesh):
-      made = _put(made, block, n * rows)
-  return made
+  axis, size = _cut(x.shape, jnp.dtype(dtype).itemsize, held.spec, to.spec, block_bytes)
+  beside = _beside(held)      # may stand beside `to` in one program
+  if size == x.shape[axis]:
+    made = _exchanged(jax.device_put(_as_bits(x, dtype), beside), dtype, to)
+    return jax.device_put(made, to)
+  made = _zeros(x.shape, dtype, to)
+  for start in range(0, x.shape[axis], size):
+    # The last block may reach back over the one before: slices and updates are clamped alike.
+    block = jax.device_put(_block(x, start, size, axis, dtype), beside)
+    # One at a time, however far the devices are behind.
+    made = jax.block_until_ready(_fill(made, block, start, axis, to))
+    del block
+  return jax.device_put(made, to)     # the same buffers, their layout spelled as asked
 
 
-def _blocks(x: jax.Array, to: NamedSharding, dtype, block_bytes: int) -> int:
-  """Into how many equal blocks of rows an array is cut: the fewest that are small enough."""
-  held = getattr(x.sharding, 'spec', ())
-  if x.ndim < 2 or any(spec and spec[0] is not None for spec in (held, to.spec)):
-    return 1                  # the rows are split over devices
-  wanted = math.ceil(x.size * jnp.dtype(dtype).itemsize / block_bytes)
-  return next(n for n in range(1, x.shape[0] + 1)
-              if x.shape[0] % n == 0 and (n >= wanted or n == x.shape[0]))
+def _beside(held: NamedSharding) -> NamedSharding:
+  """The same layout on a mesh without Explicit axes."""
+  axes = held.mesh.axis_names
+  mesh = Mesh(held.mesh.devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+  return NamedSharding(mesh, held.spec)
+
+
+def _sharding_on(to: NamedSharding, x: jax.Array | np.ndarray) -> NamedSharding | None:
+  """The sharding of an array that lies on the devices of `to`, in the order of its mesh."""
+  held = x.sharding if isinstance(x, jax.Array) else None
+  if not isinstance(held, NamedSharding):
+    return None
+  return held if (*held.mesh.devices.flat,) == (*to.mesh.devices.flat,) else None
+
+
+def _cut(
+    shape: tuple[int, ...], itemsize: int, held: PartitionSpec, to: PartitionSpec, block_bytes: int
+) -> tuple[int, int]:
+  """(axis, size) of the blocks of an array: along a dimension that no layout splits."""
+  wanted = math.ceil(math.prod(shape) * itemsize / block_bytes)
+  whole = [d for d in range(len(shape))
+           if all(d >= len(spec) or spec[d] is None for spec in (held, to))]
+  if wanted == 1 or not whole:
+    return 0, shape[0]
+  axis = next((d for d in whole if shape[d] >= wanted), max(whole, key=lambda d: shape[d]))
+  return axis, max(shape[axis] // wanted, 1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -88,16 +116,32 @@ def _cast(x, dtype):
   return x.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _cast_rows(x, start, rows, dtype):
-  return jax.lax.dynamic_slice_in_dim(x, start, rows).astype(dtype)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape, dtype, to):
   return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), to)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(whole, block, start):
-  return jax.lax.dynamic_update_slice_in_dim(whole, block, start, 0)
+# Blocks travel as bits: of floating numbers a compiler may move the cast behind the exchange, and
+# then float32 travels.
+@functools.partial(jax.jit, static_argnums=1)
+def _as_bits(x, dtype):
+  bits = jnp.dtype(f'uint{8 * jnp.dtype(dtype).itemsize}')
+  return jax.lax.bitcast_convert_type(x.astype(dtype), bits)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _block(x, start, size, axis, dtype):
+  return _as_bits(jax.lax.dynamic_slice_in_dim(x, start, size, axis), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _exchanged(bits, dtype, to):
+  bits = jax.lax.with_sharding_constraint(bits, to)
+  return jax.lax.with_sharding_constraint(jax.lax.bitcast_convert_type(bits, dtype), to)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _fill(made, bits, start, axis, to):
+  block = _exchanged(bits, made.dtype, to)
+  made = jax.lax.dynamic_update_slice_in_dim(made, block, start, axis)
+  return jax.lax.with_sharding_constraint(made, to)

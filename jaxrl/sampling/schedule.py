@@ -76,8 +76,14 @@ class Schedule:
     """Whether any request has not been started."""
     return self._waiting > 0
 
-  def free(self) -> int:
-    return int((self.number < 0).sum())
+  @property
+  def count(self) -> int:
+    """Slots of all parts."""
+    return self.parts * self.slots
+
+  def busy_by_part(self) -> np.ndarray:
+    """[parts] how many slots hold a request."""
+    return (self.number >= 0).reshape(self.parts, self.slots).sum(axis=1)
 
   def busy(self) -> np.ndarray:
     """Slots that hold a request."""
@@ -94,8 +100,26 @@ class Schedule:
     return prompt is None or not (
         prompt.waiting or (self.readers[row] < self.slots).any())
 
+  def halve(self) -> np.ndarray:
+    """Goes on with half the slots, those that are busy among them.
+
+    Returns the slots kept, [parts, slots / 2] numbers within their part: slot n is now the n-th.
+    """
+    half = self.slots // 2
+    free = (self.number < 0).reshape(self.parts, self.slots)
+    kept = np.sort(np.argsort(free, axis=1, kind='stable')[:, :half], axis=1).astype(np.int32)
+    whole = (kept + self.slots * np.arange(self.parts)[:, None]).reshape(-1)
+    place = np.full((self.parts, self.slots + 1), half, np.int32)        # of old slots among new
+    np.put_along_axis(place, kept, np.arange(half, dtype=np.int32)[None], axis=1)
+    readers = self.readers.reshape(self.parts, -1)
+    self.readers = np.take_along_axis(place, readers, axis=1).reshape(self.readers.shape)
+    self.number, self.row, self.place = self.number[whole], self.row[whole], self.place[whole]
+    self.slots = half
+    return kept
+
   def fill(self) -> list[Placement]:
     """Gives free slots to requests: draws of prompts that are there first, then new prompts."""
+    self._read_ahead()          # a prompt of many draws was read in part
     placed = []
     for part in self._parts_by_room():
       placed += self._fill_part(part)

@@ -93,6 +93,16 @@ def start_slots(state: Slots, assign: dict[str, jax.Array]) -> Slots:
       in_response=jnp.where(starts[:, None], False, state.in_response))
 
 
+def halve_slots(state: Slots, kept: jax.Array, readers: jax.Array) -> Slots:
+  """The slots `kept` [R'] alone, in that order; `readers` [G, m] has them by their new numbers."""
+  shared = ('newest', 'readers', 'length', 'first')
+  slots: dict[str, Any] = {
+      f.name: getattr(state, f.name)[kept] for f in dataclasses.fields(state)
+      if f.name not in ('rings', *shared)}
+  rings = jax.tree.map(lambda x: x[:, :, kept], state.rings)
+  return dataclasses.replace(state, rings=rings, readers=readers, **slots)
+
+
 def _shared(state: Slots, prompts: Region, header: Region | None, header_length: int):
   """The regions that several slots read: their prompts, and the header of all prompts."""
   regions = [Shared(prompts.k, prompts.v, state.length, state.first, state.readers, state.row,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def decode_attention(
   r, n, h = q.shape
   heads = _shape(own.k)[3]
   queries = q.reshape(r, heads, n // heads, h)
-  options = {'layer': layer, 'scale': scale, 'softcap': softcap}
+  options: dict[str, Any] = {'layer': layer, 'scale': scale, 'softcap': softcap}
   parts = [over_own(queries, own, window, **options)]
   parts += [_over_shared(queries, region, positions, window, block, options) for region in shared]
   end = functools.reduce(merged, parts)

@@ -10,6 +10,7 @@ from absl.testing import flagsaver
 from experiments import (
     common_flags,
     data_flags,
+    engine_flags,
     irpo_flags,
     lora_flags,
     nll_flags,
@@ -47,6 +48,7 @@ IDLE = [
         'world_sft', 'world_train', 'world_dev', 'world_test', 'world_min_steps',
         'world_max_steps', 'seed_max_steps', 'seed_check_every', 'seed_first_check',
         'seed_batch_size')),
+    ('--world_styles=2', MODEL),
     ('--seed_accuracy=0.5', MODEL),
     *((flag, MODEL) for flag in ('--lora_alpha=8', '--lora_targets=q', '--lora_rslora')),
     ('--adapter=x', ()),
@@ -60,7 +62,8 @@ ALWAYS = {
     'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every',
     'train_limit', 'test_limit', 'over_length', 'iterations', 'samples_per_prompt', 'temperature',
     'top_p', 'max_new_tokens', 'max_prompt_length', 'pairs_per_prompt', 'max_pairs', 'beta',
-    'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'score_batch'}
+    'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'cadence',
+    'rollout_tensor', 'kv_cache', 'shrink_slots', 'score_batch'}
 WORKS = [
     (),
     ('--votes=0',),
@@ -92,7 +95,7 @@ REFUSED = [
     (('--samples_per_prompt=1',), '--samples_per_prompt: one sample per prompt gives no pairs'),
     (('--vote_temperature=0',), '--vote_temperature: all votes on a problem would be the same'),
     (('--max_steps=5', '--warmup_steps=5'), '--warmup_steps: .*fewer than --max_steps=5'),
-    (('--top_p=0',), r'--top_p: top_p out of range; expected in \(0, 1\]'),
+    (('--top_p=0',), '--top_p: all samples of a prompt would be the same'),
     (('--top_p=1.5',), '--top_p: top_p out of range'),
     (('--over_length=truncate',), '--over_length: prompts are never cut'),
     (('--world_min_steps=5',), '--world_min_steps: .*at most --world_max_steps=4'),
@@ -210,5 +213,6 @@ def test_other_errors_keep_their_traceback():
 
 def test_modules_hold_all_flags():
   assert set(irpo_flags.MODULES) == {
-      common_flags, data_flags, irpo_flags, lora_flags, nll_flags, rounds_flags, world}
+      common_flags, data_flags, engine_flags, irpo_flags, lora_flags, nll_flags, rounds_flags,
+      world}
   assert all(not isinstance(f.value, float) or math.isfinite(f.value) for f in EVERY_FLAG.values())

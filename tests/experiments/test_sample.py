@@ -17,9 +17,10 @@ from jaxrl.errors import InputError
 from jaxrl.models.hugging_face import load_params
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.runs.session import open_model_folder
-from jaxrl.sampling.engine import EngineConfig, make_engine
+from jaxrl.sampling.engine import make_engine
 from jaxrl.sampling.generate import engine_params, generate
 from jaxrl.sampling.requests import SamplingConfig, requests_for
+from jaxrl.sampling.sizes import EngineConfig
 from jaxrl.tokens.prompts import Message, prompt_ids
 from jaxrl.tokens.tokenizer import decode
 from tests.experiments import in_process, small_model

@@ -1,9 +1,8 @@
-"""The engine against a forward pass without a cache, and against itself laid out otherwise."""
+"""The engine against a forward pass without a cache: tokens, log-probs, ends, frequencies."""
 
-import functools
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,38 +10,25 @@ from hypothesis import strategies as st
 from scipy import special, stats
 
 from jaxrl.data.batches import TokenRow
-from jaxrl.errors import InputError
-from jaxrl.models.decoder import forward, output_matrix
-from jaxrl.parallel.mesh import make_mesh
-from jaxrl.sampling.engine import EngineConfig, make_engine, prompt_widths
-from jaxrl.sampling.generate import engine_params, generate
-from jaxrl.sampling.requests import Request, SamplingConfig
+from jaxrl.sampling.requests import Request
+from jaxrl.sampling.sizes import prompt_rows, prompt_widths, region_length
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.score import score_rows
+from tests.tiny_engine import (
+  EOS,
+  MAX_NEW,
+  MAX_PROMPT,
+  PAD,
+  build,
+  config,
+  next_logits,
+  one_device,
+  random_requests,
+  run,
+)
 from tests.tiny_model import CONFIG, random_params
 
-EOS = (3, 17, 41)
-MAX_PROMPT, MAX_NEW = 8, 6
-PAD = 0
 TOP_K = 15
-
-
-def one_device():
-  return make_mesh(devices=jax.devices()[:1])
-
-
-def build(config, mesh=None, *, max_new_tokens=MAX_NEW, **filters):
-  """(engine, its parameters)."""
-  mesh = mesh or one_device()
-  engine = make_engine(
-      CONFIG, SamplingConfig(max_new_tokens, **filters), config, mesh, max_prompt=MAX_PROMPT,
-      eos_ids=EOS, pad_id=PAD)
-  return engine, engine_params(engine, random_params())
-
-
-def config(slots, cadence=3, prefill_tokens=16, **others):
-  return EngineConfig(
-      slots, cadence, prefill_tokens, prompt_multiple=4, dtype='float32', **others)
 
 
 @pytest.fixture(scope='module')
@@ -55,72 +41,16 @@ def one_token():
   return build(config(slots=64), max_new_tokens=1, top_k=TOP_K)
 
 
-def run(built, requests, seed=0):
-  """Samples in the order of the requests; each is answered exactly once."""
-  engine, params = built
-  samples = sorted(generate(engine, params, requests, seed=seed), key=lambda s: s.request)
-  assert [s.request for s in samples] == list(range(len(requests)))
-  return samples
-
-
-def random_requests(rng, count, draws=1, temperature=None):
-  """`count` prompts of 1 to MAX_PROMPT ids, `draws` of each."""
-  made = []
-  for key in range(count):
-    ids = tuple(rng.integers(0, CONFIG.vocab_size, rng.integers(1, MAX_PROMPT + 1)).tolist())
-    t = rng.choice([0.0, 0.7, 1.0, 1.5]) if temperature is None else temperature
-    made += [Request(key, draw, ids, float(t)) for draw in range(draws)]
-  return made
-
-
-@functools.cache
-def next_logits():
-  """(ids padded to a fixed length, index) -> logits of the next token, by a whole forward."""
-  params = jax.tree.map(jnp.asarray, random_params())
-
-  @jax.jit
-  def logits(ids, last):
-    hidden = forward(params, ids[None], CONFIG)
-    return hidden[0, last] @ output_matrix(params, CONFIG)
-
-  def of(ids):
-    padded = np.zeros(MAX_PROMPT + MAX_NEW, np.int32)
-    padded[:len(ids)] = ids
-    return logits(jnp.asarray(padded), jnp.int32(len(ids) - 1))
-
-  return of
-
-
 def test_greedy_is_the_argmax_of_the_forward_pass(base):
   requests = random_requests(np.random.default_rng(1), 20, temperature=0.0)
   for request, sample in zip(requests, run(base, requests), strict=True):
     ids, logps = list(request.prompt_ids), []
     while len(logps) < MAX_NEW and (not logps or ids[-1] not in EOS):
-      logits = next_logits()(ids)
-      ids.append(int(jnp.argmax(logits)))
-      logps.append(float(jax.nn.log_softmax(logits)[ids[-1]]))
+      logits = next_logits(ids)
+      ids.append(int(np.argmax(logits)))
+      logps.append(special.log_softmax(logits)[ids[-1]])
     assert sample.response_ids == ids[len(request.prompt_ids):]
     np.testing.assert_allclose(sample.logprobs, logps, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize('layout', ['slots', 'mesh'])
-def test_samples_do_not_depend_on_where_and_when_they_are_drawn(base, layout):
-  """Other slots, cadence, prefill, order, company and devices: the same tokens."""
-  other = {
-      'slots': lambda: build(config(slots=5, cadence=16, prefill_tokens=56)),
-      'mesh': lambda: build(config(slots=16, cadence=2, prefill_tokens=4),
-                            make_mesh(data=2, fsdp=2, tensor=2)),
-  }[layout]()
-  rng = np.random.default_rng(2)
-  requests = random_requests(rng, 12, draws=3)
-  expected = run(base, requests)
-  order = rng.permutation(len(requests))
-  strangers = random_requests(rng, 4, temperature=1.0)
-  found = run(other, strangers + [requests[n] for n in order])[len(strangers):]
-  for n, sample in zip(order, found, strict=True):
-    assert sample.response_ids == expected[n].response_ids
-    assert sample.finish_reason == expected[n].finish_reason
-    np.testing.assert_allclose(sample.logprobs, expected[n].logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_same_call_gives_the_same_bits(base):
@@ -179,7 +109,7 @@ def test_first_tokens_follow_the_filtered_softmax(one_token):
   for sample in samples:
     check_ends(sample, max_new_tokens=1)
   assert {s.finish_reason for s in samples} == {'eos', 'length'}
-  logits = np.asarray(next_logits()(prompt), np.float64)
+  logits = next_logits(prompt)
   kept = np.argsort(-logits)[:TOP_K]
   counts = np.bincount([s.response_ids[0] for s in samples], minlength=CONFIG.vocab_size)[kept]
   assert counts.sum() == draws, 'nothing outside of the top k was drawn'
@@ -187,15 +117,48 @@ def test_first_tokens_follow_the_filtered_softmax(one_token):
   assert stats.chisquare(counts, expected).pvalue > 1e-3
 
 
-def test_programs_do_not_grow_with_the_requests(base):
-  engine, _ = base
-  rng = np.random.default_rng(7)
-  run(base, random_requests(rng, 20))
-  programs = engine.compiled_programs()
-  assert programs <= len(prompt_widths(MAX_PROMPT, engine.config)) + 3
-  for count in (1, 7, 8, 9, 100, 150):
-    run(base, random_requests(rng, count, draws=int(rng.integers(1, 3))))
+@pytest.fixture
+def compiled():
+  """Seconds of every compilation so far."""
+  seconds = []
+
+  def listen(event, duration, **labels):
+    if event == '/jax/core/compile/backend_compile_duration':
+      seconds.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield seconds
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_thousand_requests_compile_what_the_first_ones_did(compiled):
+  """Whatever the lengths of prompts, with one and with up to four draws of each."""
+  header = (7, 8, 9)
+  sizes = config(16, cadence=4, prefill_tokens=8, prompt_multiple=2, chunk=4)
+  built = build(sizes, max_prompt=14, header=header, max_new_tokens=3)
+  engine, rng = built[0], np.random.default_rng(7)
+  assert engine.compiled_programs() == 0
+
+  def some(count, draws):
+    return [dataclasses.replace(
+        r, prompt_ids=(header + r.prompt_ids)[:14] if r.key % 3 == 0 else r.prompt_ids,
+        max_new_tokens=int(rng.integers(1, 4)))
+            for r in random_requests(rng, count, draws, longest=14)]
+
+  for draws in (1, 4):
+    run(built, some(30, draws), draws=draws)
+  programs, readers_in_use = engine.compiled_programs(), 2
+  assert programs == readers_in_use * (len(prompt_widths(13, engine.config)) + 4) + 1
+  assert len(compiled) >= programs, 'they are counted'
+  compiled.clear()
+  answered = 0
+  while answered < 1000:
+    draws = int(rng.choice([1, 3, 4]))
+    requests = some(int(rng.integers(1, 100)), draws)
+    run(built, requests, draws=draws)
+    answered += len(requests)
   assert engine.compiled_programs() == programs
+  assert not compiled, 'nor did anything outside of the engine'
 
 
 prompts = st.lists(st.integers(0, CONFIG.vocab_size - 1), min_size=1, max_size=MAX_PROMPT)
@@ -212,37 +175,19 @@ def test_every_request_is_answered_once(base, requests, seed):
     check_ends(sample)
 
 
-def test_prompt_widths():
-  assert prompt_widths(8, 4) == (4, 8)
-  assert prompt_widths(9, 4) == (4, 8, 16)
-  assert prompt_widths(3, 4) == (4,)
+@pytest.mark.parametrize(('longest', 'multiple', 'chunk', 'widths', 'length'), [
+    (8, 4, 512, (4, 8), 8), (9, 4, 512, (4, 8, 16), 16), (3, 4, 512, (4,), 4), (0, 4, 512, (4,), 4),
+    (8, 4, 8, (4, 8), 8), (9, 4, 8, (4, 8), 16), (17, 4, 8, (4, 8), 24), (9, 4, 6, (4, 6), 12),
+    (9, 8, 2, (2,), 10)])
+def test_prompts_are_padded_to_few_widths(longest, multiple, chunk, widths, length):
+  sizes = config(prompt_multiple=multiple, chunk=chunk)
+  assert prompt_widths(longest, sizes) == widths
+  assert region_length(longest, sizes) == length
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
-    ({'config': config(slots=12), 'mesh': 8}, '--slots: .*multiple of 8; found 12'),
-    ({'config': config(slots=0)}, '--slots: .*found 0'),
-    ({'config': config(slots=4, cadence=0)}, 'cadence: .*at least 1; found 0'),
-    ({'config': config(slots=4, prefill_tokens=0)}, 'prefill_tokens: .*found 0'),
-    ({'config': EngineConfig(4, prompt_multiple=0)}, 'prompt_multiple: .*found 0'),
-    ({'eos_ids': ()}, 'tokenizer: .*an EOS id; found none'),
-    ({'max_prompt': 59}, r'--max_new_tokens: .*<= 64; found 59 \+ 6'),
-])
-def test_what_cannot_run_is_refused_when_the_engine_is_made(changes, message):
-  arguments = {'config': config(slots=4), 'max_prompt': 58, 'eos_ids': EOS, 'pad_id': PAD} | changes
-  mesh = make_mesh() if arguments.pop('mesh', 1) == 8 else one_device()
-  with pytest.raises(InputError, match=message):
-    make_engine(CONFIG, SamplingConfig(MAX_NEW), mesh=mesh, **arguments)
-
-
-@pytest.mark.parametrize(('prompt', 'temperature', 'message'), [
-    ((), 1.0, 'request 1: .*at least one id'),
-    ((1,) * 9, 1.0, 'request 1: .*at most 8 ids; found 9'),
-    ((1,), -0.5, 'request 1: .*>= 0; found -0.5'),
-    ((1,), float('nan'), 'request 1: .*>= 0; found nan'),
-])
-def test_bad_requests_are_refused_before_anything_is_compiled(prompt, temperature, message):
-  engine, params = build(config(slots=4))
-  requests = [Request(0, 0, (1,), 1.0), Request(1, 0, prompt, temperature)]
-  with pytest.raises(InputError, match=message):
-    list(generate(engine, params, requests, seed=0))
-  assert engine.compiled_programs() == 0
+def test_rows_of_the_prompt_region():
+  """Enough for full slots, twice over: prompts in their last draws hold theirs."""
+  assert prompt_rows(64, 1) == 64
+  assert prompt_rows(64, 8) == 17
+  assert prompt_rows(4, 4) == 3
+  assert prompt_rows(2, 2) == 2
