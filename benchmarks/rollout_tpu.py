@@ -18,8 +18,10 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -38,14 +40,15 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.sampling.rollout_params import rollout_specs
+from jaxrl.sampling.sizes import RING_BLOCK as BLOCK
 from jaxrl.sampling.sizes import EngineConfig
+from kernels.decoding.ragged import TOGETHER
 from tests.published_configs import PUBLISHED
 
 CASES = ('v5e:2x2/4/128', 'v6e:2x2/4/384', 'v6e:2x2/1/128')
 BANDWIDTH = {'v5e': 819e9, 'v6e': 1640e9}       # bytes per second; the vendor's pages
 MEMORY = {'v5e': 16 * 2**30, 'v6e': 32 * 2**30}
 WIDTH = 2                                       # bytes of a bfloat16
-BLOCK = 64                                      # keys that decoding attention reads at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +93,18 @@ def compile_decode(engine: Engine, readers: int) -> Compiled:
                   loops(compiled.as_text()))
 
 
-def moved_bytes(engine: Engine, program: Loop, prompt: int, longest: int) -> float:
-  """What a device moves in a step; `longest`: response tokens of the slot that has most."""
+def moved_bytes(engine: Engine, program: Loop, prompt: int, lengths: Sequence[int]) -> float:
+  """What a device moves in a step; `lengths`: response tokens of each of its slots so far."""
   (steps,) = program.inner
   (layers,) = steps.inner
-  prompts, rings = layers.inner      # in this order: the rings go on from what the prompts gave
+  prompts, rings = sorted(layers.inner, key=lambda loop: len(loop.inner))
+  (slots,) = rings.inner             # some of those that see a block
   ring = math.ceil(engine.sampling.max_new_tokens / BLOCK)
-  per_layer = (layers.moved + math.ceil(prompt / BLOCK) * prompts.moved
-               + min(math.ceil(longest / BLOCK) + 1, ring) * rings.moved)
+  seen = [min(math.ceil(n / BLOCK) + 1, ring) for n in lengths]     # the newest block is not full
+  per_layer = layers.moved + math.ceil(prompt / BLOCK) * prompts.moved
+  for block in range(max(seen)):
+    readers = sum(n > block for n in seen)
+    per_layer += rings.moved + math.ceil(readers / TOGETHER) * slots.moved
   return (program.moved / engine.config.cadence + steps.moved
           + engine.model.n_layers * per_layer)
 
@@ -142,10 +149,11 @@ def main() -> None:
     chip = topology.partition(':')[0]
     first = [case, *(f'{n / 2**30:.2f}' for n in (found.arguments, found.temporary)),
              f'{MEMORY[chip] / 2**30:.0f}', f'{found.seconds:.0f} s']
-    for label, mean, longest in (('all full', new, new), (f'all {new // 4}', new // 4, new // 4),
-                                 (f'0 to {new}', new / 2, new)):
-      moved = moved_bytes(engine, found.program, prompt, longest)
-      least = least_bytes(engine, prompt, mean, args.draws)
+    count = engine.slots_per_part
+    for label, lengths in (('all full', [new] * count), (f'all {new // 4}', [new // 4] * count),
+                           (f'0 to {new}', [new * n // count for n in range(count)])):
+      moved = moved_bytes(engine, found.program, prompt, lengths)
+      least = least_bytes(engine, prompt, statistics.mean(lengths), args.draws)
       view.add_row(*first, label, f'{moved / 2**30:.2f}', f'{least / 2**30:.2f}',
                    f'{moved / least:.2f}', f'{1e3 * moved / BANDWIDTH[chip]:.1f}')
       first = [''] * len(first)

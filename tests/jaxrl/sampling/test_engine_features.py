@@ -91,7 +91,8 @@ def text_of(ids):
 
 
 def stopping(slots, cadence, shrink=False):
-  return build(config(slots, cadence=cadence, shrink=shrink), max_new_tokens=16, decode_text=text_of,
+  sizes = config(slots, cadence=cadence, shrink=shrink)
+  return build(sizes, max_new_tokens=16, decode_text=text_of,
                stop_strings=('abc', 'ca c', 'bab'))
 
 
@@ -104,6 +105,7 @@ def test_stop_strings_end_at_the_token_that_completes_one(slots, cadence, shrink
   samples = check_against_naive(built, requests)
   stopped = [s for s in samples if s.finish_reason == 'stop']
   assert {s.finish_reason for s in samples} == {'eos', 'stop', 'length'}
+  assert (built[0].halve._cache_size() > 0) == shrink
   assert {len(s.response_ids) for s in stopped} > {2, 3, 4}
   for sample in stopped:
     before = text_of(sample.response_ids[:-1])

@@ -8,7 +8,15 @@ import pytest
 
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.sampling.generate import generate
-from tests.tiny_engine import build, check_against_naive, config, random_requests, run
+from tests.tiny_engine import (
+    MAX_NEW,
+    MAX_PROMPT,
+    build,
+    check_against_naive,
+    config,
+    random_requests,
+    run,
+)
 from tests.tiny_model import CONFIG
 
 FILTERS = {'top_p': 0.95, 'repetition_penalty': 1.1}     # one that sums, one that remembers
@@ -21,7 +29,7 @@ LAYOUTS = {
     'header': lambda: build(config(7), header=HEADER, **FILTERS),
     'eight_parts': lambda: build(config(16), make_mesh(), **FILTERS),
     'shrinking': lambda: build(
-        config(32, shrink=True), make_mesh(devices=jax.devices()[:2]), **FILTERS),
+        config(32, cadence=1, shrink=True), make_mesh(devices=jax.devices()[:2]), **FILTERS),
     'tensor_of_training': lambda: build(
         config(16, cadence=2, prefill_tokens=4), make_mesh(data=2, fsdp=2, tensor=2), **FILTERS),
     'tensor_of_its_own': lambda: build(
@@ -36,8 +44,10 @@ def base():
 
 
 def requests_of(rng, count=12, draws=3):
-  """Random prompts, half of them after the header that some layouts have."""
-  return [dataclasses.replace(r, prompt_ids=(HEADER + r.prompt_ids)[:8]) if r.key % 2 else r
+  """Random prompts, half of them after the header that some layouts have, of any length."""
+  return [dataclasses.replace(
+      r, prompt_ids=(HEADER * (r.key % 2) + r.prompt_ids)[:MAX_PROMPT],
+      max_new_tokens=int(rng.integers(1, MAX_NEW + 1)))
           for r in random_requests(rng, count, draws=draws)]
 
 
@@ -112,11 +122,12 @@ def test_a_vocabulary_that_does_not_divide_stays_whole():
 
 
 def test_shrinking_compiles_for_each_number_of_slots_once():
-  """32 slots go on as 16 and then as 8, but no fewer."""
-  built = build(config(32, shrink=True))
+  """32 slots go on as 16 and then as 8."""
+  engine, _ = built = build(config(32, cadence=1, shrink=True))
   programs = []
   for seed in range(3):
-    run(built, random_requests(np.random.default_rng(seed), 33, temperature=1.0))
-    programs.append(built[0].compiled_programs())
-  assert [built[0].halve._cache_size(), built[0].decode._cache_size()] == [2, 3]
+    requests = random_requests(np.random.default_rng(seed), 33, temperature=1.0)
+    run(built, [dataclasses.replace(r, max_new_tokens=n % 6 + 1) for n, r in enumerate(requests)])
+    programs.append(engine.compiled_programs())
+  assert (engine.halve._cache_size(), engine.decode._cache_size()) == (2, 3)
   assert programs == programs[:1] * 3
