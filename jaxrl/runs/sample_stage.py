@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -98,7 +100,11 @@ def sample_stage(
   def produce(scratch: epath.Path) -> dict:
     params = engine_params(engine, model.params)
     asked = [(prompt.prompt_id, n) for prompt in prompts for n in range(len(temperatures))]
-    requests = dict(zip(asked, sampling_requests(list(prompts), temperatures), strict=True))
+    before = _lengths_before(session, iteration, file.removesuffix('.parquet'))
+    requests = {
+        draw: dataclasses.replace(request, expected_tokens=before.get(draw[0]))
+        for draw, request in zip(
+            asked, sampling_requests(list(prompts), temperatures), strict=True)}
     tokens, start = 0, time.perf_counter()
     with (session.progress.stage(
         f'iteration {iteration}: {label}', len(requests), 'samples') as bar,
@@ -132,6 +138,16 @@ def sample_stage(
     return counts
 
   return session.run.stage(name, (f'{name}.parquet',), produce).counts
+
+
+def _lengths_before(session: Session, iteration: int, name: str) -> dict[str, int]:
+  """Mean response length of each prompt in the iteration before, where that drew for it."""
+  if f'iteration_{iteration - 1:02d}/{name}' not in session.run.entries:
+    return {}
+  lengths = collections.defaultdict(list)
+  for row in read_samples(session, iteration - 1, name):
+    lengths[row['prompt_id']].append(len(row['response_ids']))
+  return {prompt: round(statistics.fmean(of)) for prompt, of in lengths.items()}
 
 
 def _header(

@@ -78,7 +78,7 @@ class Engine:
     """How many programs have been compiled so far.
 
     At most (number of `prompt_widths` + 4) for each number of readers in use, which is a power of
-    two, and one for the header.
+    two, and one for the header. With `EngineConfig.shrink` two more for every halving.
     """
     programs = (self.header, self.first_chunk, self.next_chunk, self.start, self.halve, self.decode)
     return self.empty.cache_info().currsize + sum(program._cache_size() for program in programs)

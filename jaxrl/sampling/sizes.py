@@ -1,4 +1,4 @@
-"""Sizes of the rollout engine: static shapes, which change speed and never samples."""
+"""Sizes of the rollout engine: static shapes, which change speed and not tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ RING_BLOCK = 64               # keys; rings are read in blocks, see kernels.deco
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-  """Sizes of the engine; they change speed, never samples."""
+  """Sizes of the engine; they change speed, not tokens.
+
+  But for `kv_cache='int8'` with `chunk`: later chunks see what earlier ones stored, rounded.
+  """
 
   slots: int | None = None    # responses decoded together, over all devices; None: see `memory`
   cadence: int = 16           # at most so many decode steps between looks of the host

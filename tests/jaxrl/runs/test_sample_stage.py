@@ -34,9 +34,10 @@ PROMPTS = prompts('a', 'bc', 'd', 'e', 'f')
 @pytest.fixture
 def drawn(monkeypatch):
   """(prompt ids, draw) in the order drawn; a count under 'die' ends an attempt after so many."""
-  seen = types.SimpleNamespace(asked=[], die=None)
+  seen = types.SimpleNamespace(asked=[], die=None, expected=[])
 
   def generate(engine, params, requests, *, seed, draws=None):
+    seen.expected = [request.expected_tokens for request in requests]
     for n in reversed(range(len(requests))):          # completion order is any order
       if seen.die == len(seen.asked):
         raise KeyboardInterrupt
@@ -52,11 +53,11 @@ def drawn(monkeypatch):
   return seen
 
 
-def attempt(folder, asked=PROMPTS, draws=DRAWS):
+def attempt(folder, asked=PROMPTS, draws=DRAWS, iteration=1):
   with open_run(folder, flags={}, versions={}) as run:
     with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
       session = Session(run, metrics, Progress(), None, None, None, None, 0, lambda: 0)
-      sample_stage.sample_stage(session, 1, ENGINE, MODEL, asked, draws)
+      sample_stage.sample_stage(session, iteration, ENGINE, MODEL, asked, draws)
   return tables.read_table(folder / OUTPUT, tables.SAMPLES)
 
 
@@ -115,6 +116,14 @@ def test_samples_of_something_else_are_refused(tmp_path, drawn, asked, draws, fi
   log = interrupt(tmp_path, drawn)
   with pytest.raises(InputError, match=f'{log}: the file was begun with another {field}'):
     attempt(tmp_path, asked, draws)
+
+
+def test_lengths_of_the_iteration_before_are_expected(tmp_path, drawn):
+  attempt(tmp_path)
+  assert drawn.expected == [None] * 10
+  attempt(tmp_path, asked=[*PROMPTS[1:], *prompts('a', 'b', 'c', 'd', 'e', 'new')[-1:]],
+          iteration=2)
+  assert drawn.expected == [3, 3, 2, 2, 2, 2, 2, 2, None, None]
 
 
 def test_log_probs_go_through_the_log_unchanged(tmp_path, drawn):

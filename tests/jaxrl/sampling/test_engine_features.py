@@ -101,7 +101,7 @@ def stopping(slots, cadence, shrink=False):
 def test_stop_strings_end_at_the_token_that_completes_one(slots, cadence, shrink):
   """On text across tokens; whether the host looks after each token or when a few are too many."""
   built = stopping(slots, cadence, shrink)
-  requests = mixed_requests(30)
+  requests = mixed_requests(30 + slots)
   samples = check_against_naive(built, requests)
   stopped = [s for s in samples if s.finish_reason == 'stop']
   assert {s.finish_reason for s in samples} == {'eos', 'stop', 'length'}
