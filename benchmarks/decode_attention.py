@@ -28,7 +28,7 @@ def private(live: int, ring: int, block: int, dtype: str) -> Own:
   rng = np.random.default_rng(live)
   lengths = np.minimum(rng.integers(1, live + live // 2 + 2, SLOTS), live)
   k, v = (_cache((LAYERS, ring // block, SLOTS, HEADS, block, HEAD), dtype, n) for n in (1, 2))
-  return Own(k, v, jnp.int32(17), jnp.asarray(lengths, jnp.int32))
+  return Own(k, v, jnp.asarray(lengths, jnp.int32))
 
 
 def prompts(dtype: str) -> Shared:

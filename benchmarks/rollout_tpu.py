@@ -40,7 +40,7 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.sampling.rollout_params import rollout_specs
-from jaxrl.sampling.sizes import RING_BLOCK as BLOCK
+from jaxrl.sampling.sizes import KEY_BLOCK as BLOCK
 from jaxrl.sampling.sizes import EngineConfig
 from kernels.decoding.ragged import TOGETHER
 from tests.published_configs import PUBLISHED
@@ -97,11 +97,13 @@ def moved_bytes(engine: Engine, program: Loop, prompt: int, lengths: Sequence[in
   """What a device moves in a step; `lengths`: response tokens of each of its slots so far."""
   (steps,) = program.inner
   (layers,) = steps.inner
-  prompts, rings = sorted(layers.inner, key=lambda loop: len(loop.inner))
+  *writes, prompts, rings = sorted(layers.inner, key=lambda loop: (len(loop.inner), loop.moved))
   (slots,) = rings.inner             # some of those that see a block
-  ring = math.ceil(engine.sampling.max_new_tokens / BLOCK)
-  seen = [min(math.ceil(n / BLOCK) + 1, ring) for n in lengths]     # the newest block is not full
+  most = math.ceil(engine.sampling.max_new_tokens / BLOCK)
+  seen = [min(math.ceil((n + 1) / BLOCK), most) for n in lengths]
   per_layer = layers.moved + math.ceil(prompt / BLOCK) * prompts.moved
+  places = [min(n, BLOCK * most - 1) // BLOCK for n in lengths]      # blocks that are written to
+  per_layer += (max(places) - min(places) + 1) * sum(write.moved for write in writes)
   for block in range(max(seen)):
     readers = sum(n > block for n in seen)
     per_layer += rings.moved + math.ceil(readers / TOGETHER) * slots.moved

@@ -1,4 +1,4 @@
-"""Keys and values while sampling: prompts stored once, and a ring of new keys for every slot.
+"""Keys and values while sampling: prompts stored once, and new keys of every slot.
 
 Layouts are those of `kernels.decoding`. A prompt fills a row of the prompt region in chunks and is
 read by all its draws; its last id is left to the draws, whose first step feeds it.
@@ -23,9 +23,9 @@ FAR = 2**30                   # a position that no query reaches: the key is not
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Region:
-  """Keys and values of every layer: rows of prompts, or the rings of slots."""
+  """Keys and values of every layer: rows of prompts, or those of slots."""
 
-  k: jax.Array | Quantised    # prompts [L, rows, K, length, H], rings [L, C, R, K, B, H]
+  k: jax.Array | Quantised    # prompts [L, rows, K, length, H], own [L, C, R, K, B, H]
   v: jax.Array | Quantised
 
 
@@ -59,9 +59,9 @@ def _rows(region: jax.Array | Quantised, layer: jax.Array, rows: jax.Array, dtyp
   return found.astype(dtype).swapaxes(1, 2)
 
 
-def ring_shape(rings: Region) -> tuple[int, int]:
-  """(C, B): how many blocks a ring has, of how many keys each."""
-  keys = rings.k.values if isinstance(rings.k, Quantised) else rings.k
+def own_shape(own: Region) -> tuple[int, int]:
+  """(C, B): how many blocks of its own a slot has, of how many keys each."""
+  keys = own.k.values if isinstance(own.k, Quantised) else own.k
   return keys.shape[1], keys.shape[4]
 
 
@@ -137,31 +137,67 @@ def _store(prompts: Region, layer, rows, count, offset, k, v) -> Region:
   return jax.lax.fori_loop(0, count, one, prompts)
 
 
+def scatter_keys(
+    x: jax.Array,             # [L, C, R, K, B, ...]
+    new: jax.Array,           # [R, K, ...]
+    layer: jax.Array,         # [] int32
+    place: jax.Array,         # [R] int32, among a slot's own keys; C B: not written
+) -> jax.Array:
+  """`x` with one new key of every slot in one layer."""
+  block, slots = x.shape[4], jnp.arange(new.shape[0], dtype=jnp.int32)
+  return x.at[layer, place // block, slots, :, place % block].set(
+      new, mode='drop', unique_indices=True)
+
+
+def write_blocks(x: jax.Array, new: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
+  """The same for TPUs, which for a scatter or for single rows would lay out the whole cache anew.
+
+  Every block between the first and the last that is written to is read and written whole.
+  """
+  size, block = x.shape[1] * x.shape[4], x.shape[4]
+  first = jnp.min(jnp.where(place < size, place, size)) // block
+  last = jnp.max(jnp.where(place < size, place, -1)) // block
+  offsets = jnp.arange(block, dtype=jnp.int32)[None]
+
+  def one(n, x):
+    hit = (n * block + offsets == place[:, None])[:, None]                      # [R, 1, B]
+    hit = hit.reshape(*hit.shape, *(1,) * (x.ndim - 5))
+    at = (layer, n, *(0,) * (x.ndim - 2))
+    kept = jax.lax.dynamic_slice(x, at, (1, 1, *x.shape[2:]))
+    changed = jnp.where(hit, new[:, :, None], kept[0, 0])
+    return jax.lax.dynamic_update_slice(x, changed[None, None], at)
+
+  return jax.lax.fori_loop(first, last + 1, one, x)
+
+
 def decode(
     params: Params,
     tokens: jax.Array,        # [R] int32, newest token of each slot
     positions: jax.Array,     # [R] int32
-    rings: Region,
-    newest: jax.Array,        # int32, where in the rings this step's keys go
-    live: jax.Array,          # [R] int32, keys of its ring that a slot sees, the newest included
+    own: Region,
+    live: jax.Array,          # [R] int32, keys of its own that a slot sees, this step's included
     shared: tuple[Shared, ...],
     c: ModelConfig,
 ) -> tuple[jax.Array, Region]:
-  """Hidden states [R, D] of the newest tokens, and the rings with their keys and values."""
+  """Hidden states [R, D] of the newest tokens, and the slots' own keys and values with theirs."""
 
-  block = ring_shape(rings)[1]
+  blocks, block = own_shape(own)
+  place = jnp.where(live > 0, live - 1, blocks * block)        # out of range: not written
 
-  def attend(layer, q, k, v, window, rings):
-    def put(region, new):     # [R, 1, K, H] at one place of every ring
-      return _put(region, new.swapaxes(1, 2)[None, None], layer, newest // block, 0, 0,
-                  newest % block, 0)
+  def attend(layer, q, k, v, window, own):
+    def put(region, new):     # [R, 1, K, H]
+      stored = quantise(new[:, 0]) if isinstance(region, Quantised) else (
+          new[:, 0].astype(region.dtype))
+      return jax.tree.map(
+          lambda x, part: jax.lax.platform_dependent(
+              x, part, layer, place, cpu=scatter_keys, default=write_blocks), region, stored)
 
-    rings = Region(put(rings.k, k), put(rings.v, v))
+    own = Region(put(own.k, k), put(own.v, v))
     out = decode_attention(
-        q[:, 0], Own(rings.k, rings.v, newest, live), shared, layer=layer, positions=positions,
+        q[:, 0], Own(own.k, own.v, live), shared, layer=layer, positions=positions,
         window=window, **attention_options(c))
-    return out[:, None], rings
+    return out[:, None], own
 
-  hidden, rings = forward_cached(
-      params, tokens[:, None], positions[:, None], rings, c, attend)
-  return hidden[:, 0], rings
+  hidden, own = forward_cached(
+      params, tokens[:, None], positions[:, None], own, c, attend)
+  return hidden[:, 0], own

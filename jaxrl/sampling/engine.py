@@ -26,7 +26,7 @@ from jaxrl.sampling.cache import empty_region
 from jaxrl.sampling.memory import choose_slots
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.sampling.rollout_params import rollout_specs
-from jaxrl.sampling.sizes import RING_BLOCK, EngineConfig, prompt_rows, region_length
+from jaxrl.sampling.sizes import KEY_BLOCK, EngineConfig, prompt_rows, region_length
 from jaxrl.sampling.slots import (
     Slots,
     decode_slots,
@@ -127,10 +127,10 @@ def make_engine(
   _check_tokens(model, sampling, eos_ids, decode_text)
   spec, tensor = PartitionSpec, 'tensor' if mesh.shape['tensor'] > 1 else None
   rows = spec('data')
-  prompts, rings = spec(None, 'data', tensor), spec(None, None, 'data', tensor)
+  prompts, own = spec(None, 'data', tensor), spec(None, None, 'data', tensor)
   shared_header = spec(None, None, tensor) if header else spec()
   slots: Any = Slots(**{  # type: ignore[arg-type]
-      f.name: rings if f.name == 'rings' else rows for f in dataclasses.fields(Slots)})
+      f.name: own if f.name == 'own' else rows for f in dataclasses.fields(Slots)})
   mapped = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
   def jit(program, out_specs, **options):
@@ -158,8 +158,8 @@ def make_engine(
   def empty(readers: int):
     def make():
       count = prompt_rows(per_part, readers)
-      rings = region((math.ceil(sampling.max_new_tokens / RING_BLOCK), per_part, heads, RING_BLOCK))
-      made = empty_slots(per_part, count, readers, model, sampling, rings=rings)
+      own = region((math.ceil(sampling.max_new_tokens / KEY_BLOCK), per_part, heads, KEY_BLOCK))
+      made = empty_slots(per_part, count, readers, model, sampling, own=own)
       return made, region((count, heads, region_length(max_prompt - 1, config)))
 
     return jit(mapped(make, in_specs=(), out_specs=(slots, prompts)), (slots, prompts))

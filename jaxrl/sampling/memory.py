@@ -22,7 +22,7 @@ from jaxrl.models.params import ParamSpec, decoder_specs, is_spec
 from jaxrl.parallel.sharding import rollout_spec
 from jaxrl.sampling.cache import empty_region
 from jaxrl.sampling.requests import SamplingConfig
-from jaxrl.sampling.sizes import RING_BLOCK, EngineConfig, prompt_rows, region_length
+from jaxrl.sampling.sizes import KEY_BLOCK, EngineConfig, prompt_rows, region_length
 from jaxrl.sampling.slots import empty_slots
 
 FRACTION = 0.8                # of what is at hand; the rest is for activations and the allocator
@@ -76,9 +76,9 @@ def state_bytes(
 
   def make():
     rows = prompt_rows(slots, readers)
-    rings = region(math.ceil(sampling.max_new_tokens / RING_BLOCK), slots, heads, RING_BLOCK)
+    own = region(math.ceil(sampling.max_new_tokens / KEY_BLOCK), slots, heads, KEY_BLOCK)
     prompts = region(rows, heads, region_length(max_prompt - 1, config))
-    return empty_slots(slots, rows, readers, model, sampling, rings=rings), prompts
+    return empty_slots(slots, rows, readers, model, sampling, own=own), prompts
 
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
 
@@ -87,7 +87,7 @@ def slot_bytes(
     model: ModelConfig, sampling: SamplingConfig, config: EngineConfig, max_prompt: int,
     readers: int, mesh: jax.sharding.Mesh,
 ) -> int:
-  """Bytes that one more slot costs: its ring, buffers and masks, its share of the prompts, logits.
+  """Bytes that one more slot costs: its keys, buffers and masks, its share of the prompts, logits.
 
   `readers` is a power of two; the prompt region has two rows for so many slots.
   """

@@ -56,8 +56,10 @@ def rollout_params(
                   _moved(x.scale, NamedSharding(mesh, spec.scale), x.scale.dtype, block_bytes))
     return _moved(x, NamedSharding(mesh, spec), jnp.dtype(dtype), block_bytes)
 
-  return jax.tree.map(one, params, rollout_specs(params, c, mesh),
-                      is_leaf=lambda x: isinstance(x, Int8))
+  # Blocks go from one mesh to another: the mesh of training, if it is set, is not theirs.
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    return jax.tree.map(one, params, rollout_specs(params, c, mesh),
+                        is_leaf=lambda x: isinstance(x, Int8))
 
 
 def _moved(x: jax.Array | np.ndarray, to: NamedSharding, dtype, block_bytes: int) -> jax.Array:

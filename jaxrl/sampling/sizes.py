@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-RING_BLOCK = 64               # keys; rings are read in blocks, see kernels.decoding
+KEY_BLOCK = 64                # keys of a slot are stored and read in blocks, see kernels.decoding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -27,8 +26,7 @@ from kernels.decoding import Shared
 class Slots:
   """All slots of one part of the mesh; a slot holds one response being drawn."""
 
-  rings: Region
-  newest: jax.Array           # [1] int32, where in the rings the latest keys are
+  own: Region
   last: jax.Array             # [R] int32, newest token, not yet in the cache
   position: jax.Array         # [R] int32, its position
   new: jax.Array              # [R] int32, response tokens so far
@@ -56,14 +54,14 @@ ASSIGNED = {                  # what `start` sets per slot
 
 def empty_slots(
     count: int, rows: int, readers: int, c: ModelConfig, config: SamplingConfig, *,
-    rings: Region,
+    own: Region,
 ) -> Slots:
   """`count` slots, none of them busy, before a prompt region of `rows` with `readers` each."""
   def zeros(kind, *shape):
     return jnp.zeros((count, *shape), kind)
 
   return Slots(
-      rings=rings, newest=jnp.zeros(1, jnp.int32), last=zeros(jnp.int32),
+      own=own, last=zeros(jnp.int32),
       position=zeros(jnp.int32), new=zeros(jnp.int32), cap=zeros(jnp.int32), busy=zeros(bool),
       key=zeros(jnp.uint32), draw=zeros(jnp.uint32), temperature=zeros(jnp.float32),
       headed=zeros(bool), row=zeros(jnp.int32) - 1, place=zeros(jnp.int32),
@@ -95,12 +93,12 @@ def start_slots(state: Slots, assign: dict[str, jax.Array]) -> Slots:
 
 def halve_slots(state: Slots, kept: jax.Array, readers: jax.Array) -> Slots:
   """The slots `kept` [R'] alone, in that order; `readers` [G, m] has them by their new numbers."""
-  shared = ('newest', 'readers', 'length', 'first')
+  shared = ('readers', 'length', 'first')
   slots: dict[str, Any] = {
       f.name: getattr(state, f.name)[kept] for f in dataclasses.fields(state)
-      if f.name not in ('rings', *shared)}
-  rings = jax.tree.map(lambda x: x[:, :, kept], state.rings)
-  return dataclasses.replace(state, rings=rings, readers=readers, **slots)
+      if f.name not in ('own', *shared)}
+  own = jax.tree.map(lambda x: x[:, :, kept], state.own)
+  return dataclasses.replace(state, own=own, readers=readers, **slots)
 
 
 def _shared(state: Slots, prompts: Region, header: Region | None, header_length: int):
@@ -134,9 +132,8 @@ def decode_slots(
 
   def one(carry):
     step, s = carry
-    newest = (s.newest + 1) % math.prod(cache.ring_shape(s.rings))
-    hidden, rings = cache.decode(
-        params, s.last, s.position, s.rings, newest[0], jnp.where(s.busy, s.new + 1, 0),
+    hidden, own = cache.decode(
+        params, s.last, s.position, s.own, jnp.where(s.busy, s.new + 1, 0),
         _shared(s, prompts, header, header_length), c)
     raw = decoder_logits(params, hidden, c)
     scores = adjust(
@@ -153,7 +150,7 @@ def decode_slots(
     ended = functools.reduce(jnp.logical_or, [token == e for e in ends])
     seen = jnp.where(s.busy, token, s.in_response.shape[1])
     return step + 1, dataclasses.replace(
-        s, rings=rings, newest=newest, last=jnp.where(s.busy, token, s.last),
+        s, own=own, last=jnp.where(s.busy, token, s.last),
         position=s.position + s.busy, new=new, busy=s.busy & ~ended & (new < s.cap),
         tokens=s.tokens.at[rows, at].set(token, mode='drop'),
         logprobs=s.logprobs.at[rows, at].set(picked_logprob(raw, token), mode='drop'),

@@ -20,18 +20,17 @@ class Quantised:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Own:
-  """What each slot wrote itself: a ring in time, in which all slots write the same index.
+  """What each slot wrote itself: its n-th key is place n % B of block n // B.
 
-  The ring has C blocks of B keys; index i is place i % B of block i // B. Blocks lie outside slots,
-  so that a block of all slots is one stretch of memory: on CPUs that halves the time of reading it.
-  The key of age a (0 the newest) of every slot lies at index (newest - a) mod C B; slot r sees ages
-  0 .. live[r] - 1. The key of age a is at position q_position - a.
+  Blocks lie outside slots, so that a block of all slots is one stretch of memory: on CPUs that
+  halves the time of reading it. Where a key lies depends on its slot alone, and so does the order
+  in which a slot's attention is summed. Slot r sees its first live[r] keys; the last of them is at
+  positions[r], the one before at positions[r] - 1, and so on.
   """
 
   k: jax.Array | Quantised    # [L, C, R, K, B, H]
   v: jax.Array | Quantised    # [L, C, R, K, B, H]
-  newest: jax.Array           # [] int32, index written last, 0 .. C B - 1
-  live: jax.Array             # [R] int32, the newest key included; 0 .. C B
+  live: jax.Array             # [R] int32, 0 .. C B
 
 
 @jax.tree_util.register_dataclass

@@ -1,9 +1,9 @@
 """Attention over private keys of ragged length: only blocks that hold a key somebody sees.
 
 Slots differ in age, and a loop over the blocks of all slots would read as much for the youngest as
-for the oldest. Here slots are put in order of how many blocks they see. Going back in time block by
-block, fewer and fewer of them are left, and a few at a time are computed. Time is proportional to
-the sum of live lengths, each rounded up to blocks, and each block's slots to `TOGETHER`.
+for the oldest. Here slots are put in order of how many blocks they have. Going on block by block,
+fewer and fewer of them are left, and a few at a time are computed. Time is proportional to the sum
+of live lengths, each rounded up to blocks, and each block's slots to `TOGETHER`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,6 @@ from kernels.decoding.partial import Partial, block_scores, nothing, product
 TOGETHER = 8                  # slots computed at a time; more are no faster on CPU
 
 
-def blocks_seen(newest: jax.Array, seen: jax.Array, blocks: int, block: int) -> jax.Array:
-  """[R] int32: how many blocks of its ring hold the `seen` [R] newest keys of each slot.
-
-  In the newest key's block there is room for newest % block + 1 keys. Where the oldest key shares
-  a block with the newest, having gone all around the ring, that block counts once.
-  """
-  earlier = jnp.maximum(seen - newest % block - 1, 0)
-  return jnp.where(seen > 0, jnp.minimum(1 + -(-earlier // block), blocks), 0)
-
-
 def over_own(
     queries: jax.Array,       # [R, K, X, H]
     own: Own,
@@ -36,29 +26,27 @@ def over_own(
     scale: float,
     softcap: float | None,
 ) -> Partial:                 # of [R, K, X]
-  """Attention of each slot over the keys of its own ring that it sees."""
+  """Attention of each slot over its own keys."""
   _, blocks, slots, _, block, _ = _values(own.k).shape
-  size = blocks * block
-  seen = own.live if window is None else jnp.minimum(own.live, window)          # [R]
-  count = blocks_seen(own.newest, seen, blocks, block)
+  count = -(-own.live // block)                        # [R] blocks that hold a key of the slot
+  skipped = 0 if window is None else jnp.maximum(jnp.min(
+      jnp.where(own.live > 0, own.live - window, blocks * block)), 0) // block
   together = min(TOGETHER, slots)
   order = jnp.argsort(-count).astype(jnp.int32)
   order = jnp.concatenate([order, jnp.zeros(together - 1, jnp.int32)])
   offsets = jnp.arange(block, dtype=jnp.int32)[None]
-
   everything = (queries, own, window, layer)
 
-  def back(j, partial: Partial) -> Partial:
-    """One more block back in time, for all slots that see it."""
-    number = (own.newest // block - j) % blocks
-    ages = (own.newest - number * block - offsets) % size                       # [1, B]
-    left = jnp.sum(count > j)
+  def one(number, partial: Partial) -> Partial:
+    """One block, for all slots that have keys in it."""
+    left = jnp.sum(count > number)
 
     def some(i, partial: Partial) -> Partial:
       first = i * together
       slot = jax.lax.dynamic_slice_in_dim(order, first, together)               # [E]
       there = (first + jnp.arange(together, dtype=jnp.int32) < left)[:, None, None]
-      keep = ages < seen[slot][:, None]                                         # [E, B]
+      ages = own.live[slot][:, None] - 1 - number * block - offsets             # [E, B]
+      keep = (ages >= 0) if window is None else (ages >= 0) & (ages < window)
       scores = block_scores(
           queries[slot], *_read(own.k, layer, number, slot), keep[:, None, None],
           scale=scale, softcap=softcap)
@@ -78,7 +66,7 @@ def over_own(
 
     return jax.lax.fori_loop(0, -(-left // together), some, partial)
 
-  return jax.lax.fori_loop(0, jnp.max(count), back, nothing(queries.shape, everything))
+  return jax.lax.fori_loop(skipped, jnp.max(count), one, nothing(queries.shape, everything))
 
 
 def _read(

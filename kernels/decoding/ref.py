@@ -28,10 +28,10 @@ def decode_attention(
   before the mask. A slot that sees nothing gives zeros.
   """
   r, n, h = q.shape
-  keys, values = [_ring(widen(jax.tree.map(lambda x: x[layer], x))) for x in (own.k, own.v)]
+  keys, values = [_joined(widen(jax.tree.map(lambda x: x[layer], x))) for x in (own.k, own.v)]
   size = keys.shape[2]
-  ages = (own.newest - jnp.arange(size, dtype=jnp.int32)) % size              # [S]
-  parts = [(keys, values, ages[None] < own.live[:, None], positions[:, None] - ages[None])]
+  ages = own.live[:, None] - 1 - jnp.arange(size, dtype=jnp.int32)[None]      # [R, S]
+  parts = [(keys, values, ages >= 0, positions[:, None] - ages)]
   for region in shared:
     keys, values = [widen(jax.tree.map(lambda x: x[layer], x)) for x in (region.k, region.v)]
     group = jnp.maximum(region.group, 0)
@@ -52,7 +52,7 @@ def decode_attention(
   return jnp.einsum('rkgs,rksh->rkgh', weights, values).reshape(r, n, h).astype(q.dtype)
 
 
-def _ring(blocks: jax.Array) -> jax.Array:
+def _joined(blocks: jax.Array) -> jax.Array:
   """[C, R, K, B, H] -> [R, K, C B, H]."""
   c, r, k, b, h = blocks.shape
   return jnp.moveaxis(blocks, 0, 2).reshape(r, k, c * b, h)

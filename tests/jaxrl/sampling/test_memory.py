@@ -55,11 +55,11 @@ def test_bytes_are_those_of_the_engine(mesh, settings, sizes):
   if 'kv_cache' in sizes:
     prompts = 2 * 2 * 2 * 8 * (8 + 4)
   one = slot_bytes(MODEL, sampling, config, 9, 4, mesh) - 3 * 4 * MODEL.vocab_size
-  assert made == 16 * one + prompts // mesh.shape['tensor'] + tables + 4
+  assert made == 16 * one + prompts // mesh.shape['tensor'] + tables
 
 
 def test_bytes_of_a_slot_by_hand():
-  """Two layers, two heads of 8, keys and values: rings of 128, 2 rows of 8 for 4 slots."""
+  """Two layers, two heads of 8, keys and values: 128 keys of its own, 2 rows of 8 for 4 slots."""
   key = 2 * 2 * 2 * 8 * 2
   buffers, numbers = 100 * (4 + 4), 9 * 4 + 2
   tables = (4 * 4 + 4 + 4) / 2
