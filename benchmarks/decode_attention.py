@@ -1,11 +1,11 @@
-"""Time of decoding attention per layer: it grows with live length, not with the ring's size.
+"""Time of decoding attention per layer: it grows with live length, not with the room for it.
 
     python -m benchmarks.decode_attention [--blocks 32] [--dtype=float32] [--repeats=30]
 
 32 slots, 8 heads of size 64, 8 layers walked in a scan; live lengths are ragged, the longest as
 printed. `shared` adds prompts of 64 keys in 8 groups of 4 members, `copied` has the same keys at
 the end of each slot's private region instead. The least of all repeats is printed, in milliseconds
-per layer, programs taking turns; the reference reads the whole ring whatever is live.
+per layer, programs taking turns; the reference reads all of the room whatever is live.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from kernels.decoding import Own, Shared, blockwise, quantise, ref
 LAYERS, SLOTS, HEADS, HEAD, PROMPT, GROUPS, PLACES = 8, 32, 8, 64, 64, 8, 8
 
 
-def private(live: int, ring: int, block: int, dtype: str) -> Own:
+def private(live: int, room: int, block: int, dtype: str) -> Own:
   """Ragged lengths up to `live`; about a third of the slots are at it."""
   rng = np.random.default_rng(live)
   lengths = np.minimum(rng.integers(1, live + live // 2 + 2, SLOTS), live)
-  k, v = (_cache((LAYERS, ring // block, SLOTS, HEADS, block, HEAD), dtype, n) for n in (1, 2))
+  k, v = (_cache((LAYERS, room // block, SLOTS, HEADS, block, HEAD), dtype, n) for n in (1, 2))
   return Own(k, v, jnp.asarray(lengths, jnp.int32))
 
 
@@ -72,23 +72,23 @@ def main() -> None:
   parser.add_argument('--blocks', type=int, nargs='+', default=[32])
   parser.add_argument('--dtype', choices=['float32', 'bfloat16', 'int8'], default='float32')
   parser.add_argument('--live', type=int, nargs='+', default=[1, 64, 128, 192])
-  parser.add_argument('--rings', type=int, nargs='+', default=[256, 1024])
+  parser.add_argument('--rooms', type=int, nargs='+', default=[256, 1024])
   parser.add_argument('--repeats', type=int, default=30)
   options = parser.parse_args()
   queries = jax.random.normal(jax.random.key(0), (SLOTS, HEADS, HEAD), jnp.float32)
   if options.dtype == 'bfloat16':
     queries = queries.astype(jnp.bfloat16)
   functions = {'blocks': program(blockwise.decode_attention), 'ref': program(ref.decode_attention)}
-  print('| ring | block | live | keys | blocks | ref |\n|---|---|---|---|---|---|')
+  print('| room | block | live | keys | blocks | ref |\n|---|---|---|---|---|---|')
   shared = (prompts(options.dtype),)
-  for ring, block in itertools.product(options.rings, options.blocks):
+  for room, block in itertools.product(options.rooms, options.blocks):
     for live in options.live:
-      own = private(live, ring, block, options.dtype)
-      longer = private(live + PROMPT, ring, block, options.dtype)
+      own = private(live, room, block, options.dtype)
+      longer = private(live + PROMPT, room, block, options.dtype)
       for keys, args in (('shared', (queries, own, shared)), ('copied', (queries, longer, ())),
                          ('private only', (queries, own, ()))):
         found = least_ms({name: (f, args) for name, f in functions.items()}, options.repeats)
-        print(f'| {ring} | {block} | {live} | {keys} '
+        print(f'| {room} | {block} | {live} | {keys} '
               f'| {found["blocks"]:.2f} | {found["ref"]:.2f} |', flush=True)
 
 

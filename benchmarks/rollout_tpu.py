@@ -97,8 +97,8 @@ def moved_bytes(engine: Engine, program: Loop, prompt: int, lengths: Sequence[in
   """What a device moves in a step; `lengths`: response tokens of each of its slots so far."""
   (steps,) = program.inner
   (layers,) = steps.inner
-  *writes, prompts, rings = sorted(layers.inner, key=lambda loop: (len(loop.inner), loop.moved))
-  (slots,) = rings.inner             # some of those that see a block
+  *writes, prompts, own = sorted(layers.inner, key=lambda loop: (len(loop.inner), loop.moved))
+  (slots,) = own.inner             # some of those that see a block
   most = math.ceil(engine.sampling.max_new_tokens / BLOCK)
   seen = [min(math.ceil((n + 1) / BLOCK), most) for n in lengths]
   per_layer = layers.moved + math.ceil(prompt / BLOCK) * prompts.moved
@@ -106,7 +106,7 @@ def moved_bytes(engine: Engine, program: Loop, prompt: int, lengths: Sequence[in
   per_layer += (max(places) - min(places) + 1) * sum(write.moved for write in writes)
   for block in range(max(seen)):
     readers = sum(n > block for n in seen)
-    per_layer += rings.moved + math.ceil(readers / TOGETHER) * slots.moved
+    per_layer += own.moved + math.ceil(readers / TOGETHER) * slots.moved
   return (program.moved / engine.config.cadence + steps.moved
           + engine.model.n_layers * per_layer)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from absl import flags
 from etils import epath
@@ -16,6 +17,7 @@ from jaxrl.runs.folder import decode_flags
 from jaxrl.runs.manifest import read_manifest
 
 FLAGS = flags.FLAGS
+Number = TypeVar('Number', int, float)
 
 flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of the world, the models and the draws.')
 flags.DEFINE_multi_string(
@@ -31,14 +33,24 @@ def seeds() -> list[int]:
   Raises:
     InputError: none, not whole numbers, or one twice.
   """
-  text = ','.join(FLAGS.seeds)
+  return different('seeds', int, 'whole numbers')
+
+
+def different(flag: str, kind: Callable[[str], Number], expected: str) -> list[Number]:
+  """The numbers of a list flag.
+
+  Raises:
+    InputError: none, not what is `expected`, or one twice.
+  """
+  values: list[str] = FLAGS[flag].value or []
+  text = ','.join(values)
   try:
-    found = [int(seed) for seed in FLAGS.seeds]
+    found: list[Number] = [kind(number) for number in values]
   except ValueError:
-    raise InputError('the seeds cannot be read', where='--seeds', expected='whole numbers',
+    raise InputError('the list cannot be read', where=f'--{flag}', expected=expected,
                      found=text) from None
   if not found or len({*found}) < len(found):
-    raise InputError('the seeds cannot be used', where='--seeds',
+    raise InputError('the list cannot be used', where=f'--{flag}',
                      expected='at least one, each once', found=text)
   return found
 

@@ -61,7 +61,6 @@ FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(sample_flags)
 
 # Finished rows that wait to be written together; what a kill loses of them is drawn again.
-WAITING_ROWS, WAITING_SECONDS = 256, 2.0
 WINDOW = 16      # batches whose rows are sorted by length together where they are scored
 
 
@@ -194,26 +193,17 @@ def shortest(logprobs: Iterable[float]) -> list[float]:
 
 @dataclasses.dataclass
 class Writer:
-  """Rows on their way to the log, a batch at a time."""
+  """Rows on their way to the log."""
 
   log: SampleLog
   bar: Bar
   tokens: int = 0              # of responses, so far
-  rows: list[dict] = dataclasses.field(default_factory=list)
-  since: float = dataclasses.field(default_factory=time.monotonic)
 
   def add(self, row: dict) -> None:
-    self.rows.append(row)
     self.tokens += sum(len(each['response_ids']) for each in (row, *row.get('choices', ()))
                        if 'response_ids' in each)
-    if len(self.rows) >= WAITING_ROWS or time.monotonic() - self.since > WAITING_SECONDS:
-      self.flush()
-
-  def flush(self) -> None:
-    rows, self.rows = self.rows, []
-    self.log.append(rows)
-    self.bar.advance(len(rows))
-    self.since = time.monotonic()
+    self.log.append([row])
+    self.bar.advance()
 
 
 class Scoring:
@@ -260,7 +250,6 @@ def write_refused(spool: TextIO, writer: Writer) -> None:
   for entry in entries(spool):
     if 'error' in entry and (entry['prompt_id'], None) not in writer.log:
       writer.add({'prompt_id': entry['prompt_id'], 'sample_index': None, 'error': entry['error']})
-  writer.flush()
 
 
 def score_given(spool: TextIO, writer: Writer, scoring: Scoring) -> None:
@@ -273,14 +262,13 @@ def score_given(spool: TextIO, writer: Writer, scoring: Scoring) -> None:
       scoring.prompts(group)
     for entry in group:
       writer.add({'prompt_id': entry['prompt_id'], 'sample_index': None} | entry)
-    writer.flush()
 
 
 def draw_missing(
     spool: TextIO, writer: Writer, asked: SampleFlags, scoring: Scoring | None,
     tokenizer: Tokenizer, run: Callable[[Iterator[Request]], Iterator[Sample]],
 ) -> None:
-  """One row per (prompt, draw) that the log does not have; what is done is written on any end."""
+  """One row per (prompt, draw) that the log does not have."""
   waiting: dict[int, dict] = {}      # prompts by the number of the request that asks for a draw
 
   def requests() -> Iterator[Request]:
@@ -298,19 +286,16 @@ def draw_missing(
           waiting[next(number)] = entry
           yield Request(key, draw, ids, asked.temperature)
 
-  try:
-    for sample in run(requests()):
-      entry = waiting.pop(sample.request)
-      writer.add({
-          'prompt_id': entry['prompt_id'], 'sample_index': sample.draw, 'prompt': entry['prompt'],
-          'response': decode(tokenizer, sample.response_ids),
-          'finish_reason': sample.finish_reason,
-          'prompt_ids': entry['prompt_ids'], 'response_ids': sample.response_ids,
-          'logprobs': shortest(sample.logprobs), 'seed': sample.seed, 'key': sample.key,
-          'step': sample.step,
-      } | {key: entry[key] for key in ('labels', 'prompt_logprobs') if key in entry})
-  finally:
-    writer.flush()
+  for sample in run(requests()):
+    entry = waiting.pop(sample.request)
+    writer.add({
+        'prompt_id': entry['prompt_id'], 'sample_index': sample.draw, 'prompt': entry['prompt'],
+        'response': decode(tokenizer, sample.response_ids),
+        'finish_reason': sample.finish_reason,
+        'prompt_ids': entry['prompt_ids'], 'response_ids': sample.response_ids,
+        'logprobs': shortest(sample.logprobs), 'seed': sample.seed, 'key': sample.key,
+        'step': sample.step,
+    } | {key: entry[key] for key in ('labels', 'prompt_logprobs') if key in entry})
 
 
 def check_draws(log: SampleLog, asked: SampleFlags) -> None:

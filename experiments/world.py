@@ -187,7 +187,8 @@ def seed_stage(
   # One step past the limit: `stop` is asked at the limit, and ends or refuses there.
   train_stage(
       session, stage, 0, untrained, trainer, batches,
-      LoopConfig(steps=limit + 1, log_every=every, save_every=every), stop=stop)
+      LoopConfig(steps=limit + 1, log_every=every, save_every=every), stop=stop,
+      parks_optimizer=True)
   return session.run.path(stage, f'{name}/model')
 
 

@@ -27,7 +27,6 @@ from experiments.findings import (
     remark,
 )
 from experiments.wspo_table import compare, greedy, points
-from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import Estimate
 from jaxrl.runs.manifest import read_manifest
 from jaxrl.runs.progress import Progress
@@ -36,8 +35,8 @@ FLAGS = flags.FLAGS
 for module in (claim_runs, output_flag):
   flags.adopt_module_key_flags(module)
 DEFAULT_OUTPUT = 'runs/wspo_claims'        # folder of the runs and summary.json
-GAMMAS = flags.DEFINE_list('gammas', ['0.5', '0.1', '1'], 'Values of gamma; the claims on accuracy '
-                           'are about the first.')
+flags.DEFINE_list('gammas', ['0.5', '0.1', '1'], 'Values of gamma; the claims on accuracy are '
+                  'about the first.')
 
 
 def gammas() -> list[float]:
@@ -46,16 +45,7 @@ def gammas() -> list[float]:
   Raises:
     InputError: none, not numbers, or one twice.
   """
-  text = ','.join(GAMMAS.value)
-  try:
-    found = [float(gamma) for gamma in GAMMAS.value]
-  except ValueError:
-    raise InputError('the list cannot be read', where='--gammas', expected='numbers',
-                     found=text) from None
-  if not found or len({*found}) < len(found):
-    raise InputError('the list cannot be used', where='--gammas',
-                     expected='at least one number, each once', found=text)
-  return found
+  return claim_runs.different('gammas', float, 'numbers')
 
 
 def folders(output: epath.Path, seed: int) -> dict[float, epath.Path]:

@@ -47,11 +47,10 @@ def with_rewards(batch):
   return batch | {'reward_margin': jnp.linspace(-1.0, 2.0, b)}
 
 
-logps = st.floats(-6, -1 / 128, width=32)
-
-
 @st.composite
-def batches(draw):
+def batches(draw, largest=-1 / 128):
+  """Log-probs of both sides under both models, from -6 to `largest`, and masks."""
+  logps = st.floats(-6, largest, width=32)
   b, t = 4, 5        # one shape, so one compilation; rows of length 0 stand for smaller batches
   out = {}
   for side in ('chosen', 'rejected'):

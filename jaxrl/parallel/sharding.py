@@ -45,7 +45,6 @@ ROLLOUT: Rules = {
     'mlp': 'tensor',
     'experts': None,
     'vocab': 'tensor',
-    'slots': 'data',
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxrl.runs.lock import hold_lock
 Path = str | os.PathLike[str]
 Draw = tuple[str, int | None]          # prompt_id and sample_index
 HEADER = 'header'
+SYNC_SECONDS = 1.0            # the disk is waited for that often
 
 
 class SampleLog:
@@ -27,6 +29,7 @@ class SampleLog:
 
   def __init__(self, path: str, descriptor: int, finished: dict[Draw, int]):
     self.path = path
+    self._synced = time.monotonic()
     self._descriptor = descriptor
     self._finished = finished          # and the line that has it
 
@@ -42,7 +45,7 @@ class SampleLog:
     return frozenset(self._finished)
 
   def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds samples; they are on the disk when this returns.
+    """Adds samples; they outlive this process when this returns, and the machine a second later.
 
     `sample_index` is None in a row about the prompt as a whole. Floats are written with all digits,
     so that they are read back as they are; np.float32 of what is read gives a float32 back.
@@ -62,6 +65,14 @@ class SampleLog:
       lines.append(_encode(row, f'{self.path}, prompt {draw[0]!r}, draw {draw[1]}'))
     _write(self.path, self._descriptor, b''.join(lines))
     self._finished |= added
+    if time.monotonic() - self._synced >= SYNC_SECONDS:
+      self.sync()
+
+  def sync(self) -> None:
+    """Waits until all that was added is on the disk."""
+    with naming_full_disk(self.path):
+      os.fsync(self._descriptor)
+    self._synced = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -110,7 +121,10 @@ def open_log(
       _write(name, descriptor, _encode({HEADER: dict(header)}, f'{name}, header'))
     if is_new:
       sync(os.path.dirname(name) or '.')
-    yield SampleLog(name, descriptor, finished)
+    log = SampleLog(name, descriptor, finished)
+    log.sync()
+    stack.callback(log.sync)
+    yield log
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -219,7 +233,7 @@ def _encode(row: Mapping[str, Any], where: str) -> bytes:
 
 
 def _write(name: str, descriptor: int, content: bytes) -> None:
-  """Appends all of it or, on errors, as much as the disk took; waits for the disk."""
+  """Appends all of it, or nothing and raises."""
   with naming_full_disk(name):
     size = os.fstat(descriptor).st_size
     try:
@@ -229,4 +243,3 @@ def _write(name: str, descriptor: int, content: bytes) -> None:
     except OSError:
       os.ftruncate(descriptor, size)
       raise
-    os.fsync(descriptor)

@@ -114,11 +114,10 @@ def sample_stage(
       missing = [draw for draw in asked if draw not in log]
       samples = generate(engine, params, [requests[draw] for draw in missing], seed=draws.seed,
                          draws=len(temperatures))
-      for batch in _batches(_told(bar, samples)):
-        tokens += sum(len(sample.response_ids) for sample in batch)
-        log.append([
-            {'prompt_id': missing[sample.request][0], 'sample_index': sample.draw}
-            | _record(sample) for sample in batch])
+      for sample in _told(bar, samples):
+        tokens += len(sample.response_ids)
+        log.append([{'prompt_id': missing[sample.request][0], 'sample_index': sample.draw}
+                    | _record(sample)])
     seconds = time.perf_counter() - start
     drawn = {(row['prompt_id'], row['sample_index']): {
         field: row[field] for field in ('response_ids', 'logprobs', 'finish_reason')}
@@ -159,18 +158,6 @@ def _header(
   return {'model': model.identity, 'prompts': hashlib.sha256(ids).hexdigest(),
           'seed': draws.seed, 'temperatures': list(draws.temperatures),
           'sampling': json.dumps(sampling), 'dtype': engine.config.dtype}
-
-
-def _batches(samples: Iterable[Sample], seconds: float = 1.0) -> Iterator[list[Sample]]:
-  """Samples of about a second together, so that the disk is waited for that often."""
-  batch, since = [], time.monotonic()
-  for sample in samples:
-    batch.append(sample)
-    if time.monotonic() - since >= seconds:
-      yield batch
-      batch, since = [], time.monotonic()
-  if batch:
-    yield batch
 
 
 def read_samples(session: Session, iteration: int, name: str = 'samples') -> list[dict]:

@@ -51,7 +51,7 @@ def select_stage(
     # One step past the last look, which falls on a checkpoint.
     run_training(session, scratch, name, iteration, model, trainer, batches,
                  dataclasses.replace(loop, steps=loop.steps + 1),
-                 expected_first_loss=expected_first_loss, stop=look)
+                 expected_first_loss=expected_first_loss, stop=look, parks_optimizer=True)
     seen = {
         record['step']: record['greedy_accuracy']
         for record in read_metrics(session.run.folder / 'metrics.jsonl')

@@ -65,7 +65,7 @@ def run_training(
     session: Session, scratch: epath.Path, name: str, iteration: int, model: Model,
     trainer: Trainer, batches: grain.MapDataset, loop: LoopConfig, *,
     expected_first_loss: float | None = None,
-    stop: Callable[[int, dict], bool] | None = None,
+    stop: Callable[[int, dict], bool] | None = None, parks_optimizer: bool = False,
 ) -> TrainState:
   """Trains from `model` inside a stage's scratch folder, going on from its newest checkpoint.
 
@@ -73,7 +73,8 @@ def run_training(
   Records carry the last part of `name` as their stage. With `expected_first_loss` the first step's
   'loss/preference' (or 'loss') must be that number to 1e-3: where policy = reference it is ln 2,
   and anything else means that ids, masks or the reference do not belong together.
-  `stop(step, params)` is asked at every checkpoint, with the whole model.
+  `stop(step, params)` is asked at every checkpoint, with the whole model; with `parks_optimizer`,
+  for a `stop` that samples, the devices hold no state of the optimizer then.
   """
   schedule = learning_rate_schedule(trainer.optimizer, loop.steps)
   label = name.rsplit('/', 1)[-1]
@@ -115,13 +116,14 @@ def run_training(
         state, batches, _checking_first(step_fn, expected_first_loss), config=loop,
         learning_rate=lambda step: float(schedule(step)), mesh=session.mesh,
         checkpoints=scratch / 'checkpoint', on_log=on_log, on_resume=on_resume,
-        on_step=bar.advance, stop=asked, warn=session.progress.line)
+        on_step=bar.advance, stop=asked, parks_optimizer=parks_optimizer,
+        warn=session.progress.line)
 
 
 def train_stage(
     session: Session, name: str, iteration: int, model: Model, trainer: Trainer,
     batches: grain.MapDataset, loop: LoopConfig, *, expected_first_loss: float | None = None,
-    stop: Callable[[int, dict], bool] | None = None,
+    stop: Callable[[int, dict], bool] | None = None, parks_optimizer: bool = False,
 ) -> Mapping:
   """`run_training`, published as the folder `model` beside `name`; returns counts.
 
@@ -132,7 +134,7 @@ def train_stage(
   def produce(scratch: epath.Path) -> dict:
     state = run_training(
         session, scratch, name, iteration, model, trainer, batches, loop,
-        expected_first_loss=expected_first_loss, stop=stop)
+        expected_first_loss=expected_first_loss, stop=stop, parks_optimizer=parks_optimizer)
     params = state.params
     if trainer.adapted is not None:
       params = trainer.merged(model.params, state.params)

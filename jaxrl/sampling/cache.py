@@ -190,7 +190,7 @@ def decode(
           new[:, 0].astype(region.dtype))
       return jax.tree.map(
           lambda x, part: jax.lax.platform_dependent(
-              x, part, layer, place, cpu=scatter_keys, default=write_blocks), region, stored)
+              x, part, layer, place, tpu=write_blocks, default=scatter_keys), region, stored)
 
     own = Region(put(own.k, k), put(own.v, v))
     out = decode_attention(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,7 @@ from jaxrl.sampling.slots import (
     halve_slots,
     start_slots,
 )
-
-DecodeText = Callable[[Sequence[int]], str]
+from jaxrl.sampling.stop_strings import DecodeText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,16 +128,16 @@ def make_engine(
   rows = spec('data')
   prompts, own = spec(None, 'data', tensor), spec(None, None, 'data', tensor)
   shared_header = spec(None, None, tensor) if header else spec()
-  slots: Any = Slots(**{  # type: ignore[arg-type]
-      f.name: own if f.name == 'own' else rows for f in dataclasses.fields(Slots)})
+  places: dict[str, Any] = {f.name: rows for f in dataclasses.fields(Slots)} | {'own': own}
+  slots: Any = Slots(**places)
   mapped = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
   def jit(program, out_specs, **options):
     # Said outright, as else each program has its own way to say where the same thing lies, and
     # what comes of one is compiled for anew by the next.
-    places = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), out_specs,
-                          is_leaf=lambda s: isinstance(s, PartitionSpec))
-    return jax.jit(program, out_shardings=places, **options)
+    shardings = jax.tree.map(lambda s: jax.NamedSharding(mesh, s), out_specs,
+                             is_leaf=lambda s: isinstance(s, PartitionSpec))
+    return jax.jit(program, out_shardings=shardings, **options)
 
   region = functools.partial(empty_region, model, dtype=jnp.dtype(config.dtype),
                              quantised=config.kv_cache == 'int8')

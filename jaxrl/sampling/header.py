@@ -13,18 +13,14 @@ def common_header(prompts: Iterable[Sequence[int]], *, least: int = LEAST) -> tu
   It is to be taken over all prompts of a task, not over those that are left to draw: the header
   changes in which order attention is summed, and so the last bits of log-probs.
   """
-  header: Sequence[int] | None = None
-  seen: Sequence[int] | None = None
+  header: tuple[int, ...] | None = None
   for ids in prompts:
+    most = max(len(ids) - 1, 0)
     if header is None:
-      header = seen = ids
-    shared = min(len(header), max(len(ids) - 1, 0))
-    while header[:shared] != ids[:shared]:
-      shared = next(n for n in range(shared) if header[n] != ids[n])
-    if shared < least:
+      header = tuple(ids[:most])
+    else:
+      ends = (n for n, (a, b) in enumerate(zip(header, ids[:most], strict=False)) if a != b)
+      header = header[:next(ends, min(len(header), most))]
+    if len(header) < least:
       return ()
-    header = header[:shared]
-  if header is None or seen is None:
-    return ()
-  header = header[:len(seen) - 1]
-  return tuple(header) if len(header) >= least else ()
+  return header or ()

@@ -32,9 +32,9 @@ def rollout_specs(params: Params, c: ModelConfig, mesh: Mesh) -> Any:
     whole = rollout_spec(mesh, s.axes, s.shape)
     if not isinstance(x, Int8):
       return whole
-    kept = PartitionSpec(*(
-        None if n - len(whole) in s.summed else axis for n, axis in enumerate(whole)))
-    return Int8(whole, kept)    # type: ignore[arg-type]
+    kept = (None if n - len(whole) in s.summed else axis for n, axis in enumerate(whole))
+    two: Any = (whole, PartitionSpec(*kept))
+    return Int8(*two)
 
   return jax.tree.map(one, specs, params, is_leaf=is_spec)
 

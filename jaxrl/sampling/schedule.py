@@ -46,8 +46,8 @@ class Schedule:
     self.parts, self.slots, self.rows, self.members = parts, slots, rows, members
     self._requests, self._lookahead = requests, lookahead
     self._order = itertools.count()
-    self._queue: list[tuple[int, int, Prompt]] = []      # longest expected response first
-    self._open: dict[tuple[int, ...], Prompt] = {}       # prompts in the queue
+    self._queue: list[tuple[int, int, Prompt]] = []      # heap: longest expected response first
+    self._open: dict[tuple[int, ...], Prompt] = {}       # those with draws that wait
     self._waiting = 0                                    # draws in the queue
     self._resident: list[Prompt | None] = [None] * (parts * rows)
     self.number = np.full(parts * slots, -1)             # request of each slot, -1 where free
@@ -143,12 +143,17 @@ class Schedule:
         self._give(row, prompt, free, placed, fresh=False)
     empty = [row for row in range(part * self.rows, (part + 1) * self.rows)
              if self._is_empty(row)]
-    while free and empty and self._queue:
-      prompt = self._queue[0][2]
+    while free and empty and (prompt := self._next()) is not None:
       row = empty.pop(0)
       self._resident[row] = prompt
       self._give(row, prompt, free, placed, fresh=True)
     return placed
+
+  def _next(self) -> Prompt | None:
+    """The prompt to begin next; those that have been given away meanwhile are forgotten."""
+    while self._queue and not self._queue[0][2].waiting:
+      heapq.heappop(self._queue)
+    return self._queue[0][2] if self._queue else None
 
   def _give(self, row: int, prompt: Prompt, free: list[int], placed: list[Placement], *,
             fresh: bool) -> None:
@@ -164,6 +169,4 @@ class Schedule:
       placed.append(Placement(slot, row, number, request, fresh))
     if not prompt.waiting and self._open.get(prompt.ids) is prompt:
       del self._open[prompt.ids]
-      self._queue = [entry for entry in self._queue if entry[2] is not prompt]
-      heapq.heapify(self._queue)
       self._read_ahead()

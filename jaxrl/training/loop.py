@@ -14,6 +14,7 @@ from etils import epath
 
 from jaxrl.errors import InputError
 from jaxrl.losses.mean import Mean
+from jaxrl.parallel.host_memory import to_device, to_host
 from jaxrl.parallel.sharding import batch_sharding
 from jaxrl.training import checkpoint
 from jaxrl.training.step import TrainState
@@ -48,6 +49,7 @@ def train(
     on_resume: Callable[[int], None] = lambda step: None,
     on_step: Callable[[], None] = lambda: None,
     stop: Callable[[int, TrainState], bool] = lambda step, state: False,
+    parks_optimizer: bool = False,
     warn: Callable[[str], None] = print,
 ) -> TrainState:
   """Runs to `config.steps`; batch k is `batches[k]`, so a restart goes on with the same bits.
@@ -56,6 +58,7 @@ def train(
   numbers)` receives means over the steps since the last log; numbers of the clock are named
   `perf/...`. `on_resume(step)` is called once with the step that was restored (0 for a new start).
   `stop(step, state)` is asked at every checkpoint, again after a restart from it; True ends there.
+  With `parks_optimizer` the optimizer's state is in the memory of the host meanwhile.
 
   Raises:
     NonFiniteError: naming the step and the rows of its batch.
@@ -65,8 +68,19 @@ def train(
   if restored is not None:
     start, state = restored
   on_resume(start)
-  if start and stop(start, state):
-    return state
+
+  def ends(step: int, state: TrainState) -> tuple[bool, TrainState]:
+    if not parks_optimizer:
+      return stop(step, state), state
+    parked = dataclasses.replace(state, opt_state=to_host(state.opt_state))
+    ended = stop(step, parked)
+    back = to_device(parked.opt_state, like=state.opt_state)
+    return ended, dataclasses.replace(state, opt_state=back)
+
+  if start:
+    ended, state = ends(start, state)
+    if ended:
+      return state
   logger = _Logger(on_log, config, learning_rate)
   previous = None
   for step in range(start, config.steps):
@@ -81,7 +95,8 @@ def train(
       on_step()
       previous = None
       checkpoint.save(checkpoints, step + 1, state)
-      if stop(step + 1, state):
+      ended, state = ends(step + 1, state)
+      if ended:
         return state
   if previous is not None:
     logger.add(*previous)

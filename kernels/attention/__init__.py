@@ -7,14 +7,6 @@ import jax
 from kernels.attention import ref
 
 IMPLEMENTATIONS = {'ref': ref.attention}
-DECODE_IMPLEMENTATIONS = {'ref': ref.decode_attention}
-
-
-def _pick(table, impl):
-  name = 'ref' if impl is None else impl
-  if name not in table:
-    raise ValueError(f'unknown attention implementation {name!r}; known: {sorted(table)}')
-  return table[name]
 
 
 def attention(
@@ -32,22 +24,10 @@ def attention(
     impl: str | None = None,
 ) -> jax.Array:               # [B, T, N, H]
   """Causal grouped-query attention; see `ref.attention`, which defines it."""
-  return _pick(IMPLEMENTATIONS, impl)(
+  name = 'ref' if impl is None else impl
+  if name not in IMPLEMENTATIONS:
+    known = sorted(IMPLEMENTATIONS)
+    raise ValueError(f'unknown attention implementation {name!r}; known: {known}')
+  return IMPLEMENTATIONS[name](
       q, k, v, q_positions=q_positions, k_positions=k_positions,
       q_segments=q_segments, k_segments=k_segments, scale=scale, window=window, softcap=softcap)
-
-
-def decode_attention(
-    q: jax.Array,             # [R, N, H]
-    k: jax.Array,             # [R, S, K, H]
-    v: jax.Array,             # [R, S, K, H]
-    *,
-    lengths: jax.Array,       # [R] int32, keys that are live
-    scale: float,
-    window: int | jax.Array | None = None,
-    softcap: float | None = None,
-    impl: str | None = None,
-) -> jax.Array:               # [R, N, H]
-  """One new token per slot over its cache; see `ref.decode_attention`, which defines it."""
-  return _pick(DECODE_IMPLEMENTATIONS, impl)(
-      q, k, v, lengths=lengths, scale=scale, window=window, softcap=softcap)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def _softmax(scores: jax.Array, keep: jax.Array) -> jax.Array:
+def softmax(scores: jax.Array, keep: jax.Array) -> jax.Array:
   """Softmax over the last axis of float32 scores; a row with nothing to see gives zeros."""
   scores = jnp.where(keep, scores, -jnp.inf)
   top = jnp.max(scores, axis=-1, keepdims=True)
@@ -50,30 +50,6 @@ def attention(
     keep &= k_positions[:, None, :] > q_positions[:, :, None] - window
   if q_segments is not None and k_segments is not None:
     keep &= q_segments[:, :, None] == k_segments[:, None, :]
-  weights = _softmax(scores, keep[:, None, None]).astype(v.dtype)
+  weights = softmax(scores, keep[:, None, None]).astype(v.dtype)
   out = jnp.einsum('bkgts,bskh->btkgh', weights, v)
   return out.reshape(b, t, n, h)
-
-
-def decode_attention(
-    q: jax.Array,             # [R, N, H]
-    k: jax.Array,             # [R, S, K, H]
-    v: jax.Array,             # [R, S, K, H]
-    *,
-    lengths: jax.Array,       # [R] int32, keys that are live
-    scale: float,
-    window: int | jax.Array | None = None,
-    softcap: float | None = None,
-) -> jax.Array:               # [R, N, H]
-  """softmax(scale * q k^T) v over the first `lengths[r]` keys of slot r, or the last `window`."""
-  r, n, h = q.shape
-  groups = k.shape[2]
-  q = q.reshape(r, groups, n // groups, h)
-  scores = jnp.einsum('rkgh,rskh->rkgs', q, k, preferred_element_type=jnp.float32) * scale
-  scores = _capped(scores, softcap)
-  index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-  keep = index < lengths[:, None]                                          # [R, S]
-  if window is not None:
-    keep &= index >= lengths[:, None] - window
-  weights = _softmax(scores, keep[:, None, None]).astype(v.dtype)
-  return jnp.einsum('rkgs,rskh->rkgh', weights, v).reshape(r, n, h)

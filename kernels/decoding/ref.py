@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from kernels.attention.ref import softmax
 from kernels.decoding.cache import Own, Shared, widen
 
 
@@ -48,7 +49,7 @@ def decode_attention(
   queries = q.astype(jnp.float32).reshape(r, heads, n // heads, h)
   scores = jnp.einsum('rkgh,rksh->rkgs', queries, keys) * scale
   scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-  weights = _softmax(scores, keep[:, None, None])
+  weights = softmax(scores, keep[:, None, None])
   return jnp.einsum('rkgs,rksh->rkgh', weights, values).reshape(r, n, h).astype(q.dtype)
 
 
@@ -56,12 +57,3 @@ def _joined(blocks: jax.Array) -> jax.Array:
   """[C, R, K, B, H] -> [R, K, C B, H]."""
   c, r, k, b, h = blocks.shape
   return jnp.moveaxis(blocks, 0, 2).reshape(r, k, c * b, h)
-
-
-def _softmax(scores: jax.Array, keep: jax.Array) -> jax.Array:
-  """Softmax over the last axis; a row with nothing to see gives zeros."""
-  scores = jnp.where(keep, scores, -jnp.inf)
-  top = jnp.max(scores, axis=-1, keepdims=True)
-  weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
-  total = jnp.sum(weights, axis=-1, keepdims=True)
-  return weights / jnp.where(total > 0, total, 1.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import attention, decode_attention
+from kernels.attention import attention
 
 SHAPES = [  # B, T, S, N, K, H
     (2, 5, 5, 4, 2, 6),
@@ -97,39 +97,11 @@ def test_bfloat16_keeps_its_type_and_its_statistics_in_float32():
   np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.03)
 
 
-@pytest.mark.parametrize('n, kv', [(4, 4), (4, 2), (3, 1)])
-def test_decoding_is_the_last_row_of_attention(n, kv):
-  rng = np.random.default_rng(n)
-  q, k, v = draw(rng, 4, 1, 9, n, kv, 6)
-  lengths = np.array([1, 4, 9, 0], np.int32)
-  out = decode_attention(q[:, 0], k, v, lengths=lengths, scale=0.4)
-  assert (np.asarray(out)[3] == 0).all()                   # a slot without keys
-  whole = attention(
-      q, k, v, q_positions=lengths[:, None] - 1,
-      k_positions=np.arange(9, dtype=np.int32)[None].repeat(4, 0), scale=0.4)
-  np.testing.assert_allclose(out, whole[:, 0], rtol=1e-6, atol=1e-6)
-  keep = np.arange(9)[None, None] < lengths[:, None, None]
-  np.testing.assert_allclose(out, brute_force(q, k, v, keep, 0.4)[:, 0], rtol=2e-6, atol=2e-6)
-
-
-def test_dead_keys_are_never_read():
-  """What a longer response left in a slot does not reach the next one's numbers, not one bit."""
-  rng = np.random.default_rng(5)
-  q, k, v = draw(rng, 1, 1, 6, 2, 1, 4)
-  lengths = np.array([3], np.int32)
-  clean = decode_attention(q[:, 0], k, v, lengths=lengths, scale=0.4)
-  k[:, 3:], v[:, 3:] = 1e30, -1e30
-  np.testing.assert_array_equal(
-      clean, decode_attention(q[:, 0], k, v, lengths=lengths, scale=0.4))
-
-
 def test_unknown_implementations_are_refused():
   x = jnp.zeros((1, 1, 1, 2))
   positions = jnp.zeros((1, 1), jnp.int32)
   with pytest.raises(ValueError, match="unknown attention implementation 'fast'.*'ref'"):
     attention(x, x, x, q_positions=positions, k_positions=positions, scale=1.0, impl='fast')
-  with pytest.raises(ValueError, match="unknown attention implementation 'fast'"):
-    decode_attention(x[:, 0], x, x, lengths=positions[0], scale=1.0, impl='fast')
 
 
 def test_segments_of_one_side_only_are_refused():
@@ -143,7 +115,7 @@ def test_segments_of_one_side_only_are_refused():
 @pytest.mark.parametrize('traced', [False, True])
 @pytest.mark.parametrize('window, softcap', [(1, None), (3, 0.5), (100, 2.0), (None, 0.5)])
 def test_windows_and_soft_caps_match_float64(window, softcap, traced):
-  """Training attention and the decoding of each row's last query, windows static or traced."""
+  """Windows static or traced."""
   rng = np.random.default_rng(8)
   q, k, v = draw(rng, 2, 9, 9, 4, 2, 6)
   positions = np.arange(9, dtype=np.int32)[None].repeat(2, 0)
@@ -154,9 +126,3 @@ def test_windows_and_soft_caps_match_float64(window, softcap, traced):
   out = attention(q, k, v, q_positions=positions, k_positions=positions, scale=0.7, window=given,
                   softcap=softcap)
   np.testing.assert_allclose(out, expected, rtol=2e-6, atol=2e-6)
-  lengths = np.array([9, 4], np.int32)
-  last = decode_attention(
-      np.stack([q[0, 8], q[1, 3]]), k, v, lengths=lengths, scale=0.7, window=given,
-      softcap=softcap)
-  np.testing.assert_allclose(
-      last, np.stack([expected[0, 8], expected[1, 3]]), rtol=2e-6, atol=2e-6)

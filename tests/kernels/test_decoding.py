@@ -24,7 +24,7 @@ class Case:
   slots: int
   heads: int                  # of keys
   repeats: int                # query heads of one key head
-  ring: int                   # keys of it
+  keys: int                   # a slot's own
   pieces: int                 # blocks of it
   prompts: tuple[tuple[int, int, int], ...] = ()   # per region: groups, places, size
   block: int = 4
@@ -59,9 +59,9 @@ def draw(rng: np.random.Generator, case: Case):
   def normal(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-  r, longest = case.slots, rng.integers(0, case.ring + 1)
+  r, longest = case.slots, rng.integers(0, case.keys + 1)
   live = rng.integers(0, longest + 1, r)
-  kv = (LAYERS, case.pieces, r, case.heads, case.ring // case.pieces, HEAD)
+  kv = (LAYERS, case.pieces, r, case.heads, case.keys // case.pieces, HEAD)
   own = Own(normal(*kv), normal(*kv), int32(live))
   shared = []
   for groups, places, size in case.prompts:
@@ -122,7 +122,7 @@ def test_the_definition_matches_float64(case):
 def test_blocks_match_the_definition(case, seed, full):
   """Ragged lengths, windows, groups without members, prompts without keys."""
   q, own, *rest = draw(np.random.default_rng(seed), case)
-  live = jnp.where(own.live > case.ring // 2, case.ring, own.live) if full else own.live
+  live = jnp.where(own.live > case.keys // 2, case.keys, own.live) if full else own.live
   own = dataclasses.replace(own, live=live)
   expected = compiled('ref', case)(q, own, *rest)
   out = compiled('blockwise', case)(q, own, *rest)
@@ -132,7 +132,7 @@ def test_blocks_match_the_definition(case, seed, full):
 def test_every_length_is_walked_once():
   case = CASES['one region']
   q, own, shared, layer, positions, _ = draw(np.random.default_rng(1), case)
-  for live in range(case.ring + 1):
+  for live in range(case.keys + 1):
     now = dataclasses.replace(own, live=int32([live, 0, live, 1, max(live - 1, 0)]))
     args = q, now, shared, layer, positions, None
     np.testing.assert_allclose(
@@ -147,8 +147,8 @@ def test_a_slot_has_the_same_bits_in_any_company():
   region = draw(np.random.default_rng(6), case)[2][0]
   nobody = dataclasses.replace(region, group=int32([-1] * case.slots),
                                members=jnp.full_like(region.members, case.slots))
-  full = dataclasses.replace(own, live=int32([case.ring - 2] * case.slots))
-  alone = dataclasses.replace(own, live=int32([0, case.ring - 2, 0, 3, 0]))
+  full = dataclasses.replace(own, live=int32([case.keys - 2] * case.slots))
+  alone = dataclasses.replace(own, live=int32([0, case.keys - 2, 0, 3, 0]))
   turned = jax.tree.map(lambda x: jnp.roll(x, 2, axis=2), (own.k, own.v))
   other = dataclasses.replace(alone, k=turned[0], v=turned[1], live=jnp.roll(alone.live, 2))
   found = run(q, full, (nobody,), positions=positions)[1]
@@ -254,10 +254,10 @@ def test_on_a_mesh_inside_loops_over_steps_and_layers(checked):
 
     return jax.lax.while_loop(lambda carry: carry[0] < 3, body, (jnp.int32(0), q))[1]
 
-  by_head, in_ring, whole = P(None, None, 'heads'), P(None, None, None, 'heads'), P()
+  by_head, own_keys, whole = P(None, None, 'heads'), P(None, None, None, 'heads'), P()
   mesh = jax.make_mesh((2,), ('heads',))
   specs = (
-      P(None, 'heads'), Own(in_ring, in_ring, whole),
+      P(None, 'heads'), Own(own_keys, own_keys, whole),
       (Shared(by_head, by_head, *[whole] * 5),), whole)
   sharded = jax.jit(jax.shard_map(
       steps, mesh=mesh, in_specs=specs, out_specs=P(None, 'heads'), check_vma=checked))

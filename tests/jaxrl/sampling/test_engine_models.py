@@ -74,7 +74,7 @@ def test_samples_are_those_of_whole_forward_passes(name, header):
 
 
 def test_int8_cache_costs_little_and_is_there():
-  """Log-probs against whole forward passes over the same ids: prompts, header and rings rounded."""
+  """Log-probs against whole forward passes over the same ids; all keys are rounded."""
   header = (7, 8, 9, 10, 11, 12)
   built = build(dataclasses.replace(CHUNKED, kv_cache='int8'), max_prompt=LONGEST, header=header)
   requests = requests_around(header)

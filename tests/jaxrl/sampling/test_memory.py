@@ -19,7 +19,7 @@ from jaxrl.sampling.sizes import EngineConfig
 from tests.tiny_model import CONFIG, random_params
 
 GIB = 2**30
-# Long enough for two blocks of every ring.
+# Long enough for two blocks of every slot.
 MODEL = dataclasses.replace(CONFIG, max_length=256)
 PLAIN = SamplingConfig(100)
 SIZES = EngineConfig(prompt_multiple=4, dtype='bfloat16')

@@ -171,6 +171,23 @@ def test_stop_is_asked_at_checkpoints_and_again_after_a_restart(tmp_path, monkey
   assert asked == [(2, 2), (2, 2)] and run.read == [0, 1]
 
 
+def test_the_optimizer_is_parked_while_the_run_is_looked_at(whole, tmp_path, monkeypatch):
+  seen = []
+
+  def stop(step, state):
+    kinds = [{x.sharding.memory_kind for x in jax.tree.leaves(tree)}
+             for tree in (state.opt_state, state.params)]
+    seen.append((step, *kinds))
+    return False
+
+  run = Run(tmp_path, kill=('batch', 3))
+  programs = tiny.compiled_step()._cache_size()
+  state = run(monkeypatch, stop=stop, parks_optimizer=True)
+  assert seen == [(step, {'pinned_host'}, {'device'}) for step in (2, 2, 4)]
+  assert tiny.compiled_step()._cache_size() == programs
+  assert_same_bits(state, run, whole)
+
+
 def test_a_full_disk_stops_the_run_and_a_later_one_goes_on(whole, tmp_path, monkeypatch):
   run = Run(tmp_path)
   save = run.save
