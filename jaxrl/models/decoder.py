@@ -26,7 +26,7 @@ from jaxrl.parallel.sharding import (
     whole_vocabulary,
     with_other_parts,
 )
-from kernels.attention import attention
+from kernels.attention import attention, causal
 
 Params = params_lib.Params
 # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], window) -> (attended [B,T,N,H], the cache)
@@ -200,12 +200,12 @@ def forward(
   dtype = compute_dtype(params)
   positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
   positions = shard(positions, 'batch', 'length')
+  spans = jax.tree.map(lambda x: shard(x, 'batch', 'length'), causal(b, t))
   rotary = rope_angles(positions, c)
   x = _embed(params, tokens, c, dtype)
 
   def attend(q, k, v, window):
-    return attention(q, k, v, q_positions=positions, k_positions=positions, window=window,
-                     **attention_options(c)), None
+    return attention(q, k, v, spans, window=window, **attention_options(c)), None
 
   def body(x, layer):
     w, kind = layer

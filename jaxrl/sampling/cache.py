@@ -14,10 +14,8 @@ import jax.numpy as jnp
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import attention_options, forward_cached
 from jaxrl.models.params import Params
-from kernels.attention import attention
+from kernels.attention import Spans, attention
 from kernels.decoding import Own, Quantised, Shared, decode_attention, quantise
-
-FAR = 2**30                   # a position that no query reaches: the key is not seen
 
 
 @jax.tree_util.register_dataclass
@@ -84,21 +82,21 @@ def prefill(
 
   def attend(layer, q, k, v, window, prompts):
     prompts = _store(prompts, layer, rows, count[0], offset, k, v)
-    keys, values, at = [k], [v], [positions]
+    keys, values = [k], [v]
     if continues:
       keys, values = [_rows(prompts.k, layer, rows, k.dtype)], [
           _rows(prompts.v, layer, rows, v.dtype)]
-      length = keys[0].shape[1]
-      at = [first[:, None] + jnp.arange(length, dtype=jnp.int32)[None]]
+    before = 0                # keys of the header, which come first
     if header is not None:
       zero = jnp.zeros((b,), jnp.int32)
       keys.insert(0, _rows(header.k, layer, zero, k.dtype))
       values.insert(0, _rows(header.v, layer, zero, v.dtype))
-      place = jnp.arange(keys[0].shape[1], dtype=jnp.int32)[None]
-      at.insert(0, jnp.where(place < first[:, None], place, FAR))
-    out = attention(
-        q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), q_positions=positions,
-        k_positions=jnp.concatenate(at, 1), window=window, **attention_options(c))
+      before = keys[0].shape[1]
+    seen = jnp.arange(1, t + 1, dtype=jnp.int32)[None] + (offset if continues else 0)
+    none = jnp.zeros((b, t), jnp.int32)
+    spans = Spans(none, none + first[:, None], none + before, none + before + seen)
+    out = attention(q, jnp.concatenate(keys, 1), jnp.concatenate(values, 1), spans,
+                    window=window, **attention_options(c))
     return out, prompts
 
   return forward_cached(params, tokens, positions, prompts, c, attend)[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels.attention.spans import Spans, visible, windowed
+
 
 def softmax(scores: jax.Array, keep: jax.Array) -> jax.Array:
   """Softmax over the last axis of float32 scores; a row with nothing to see gives zeros."""
@@ -23,33 +25,24 @@ def attention(
     q: jax.Array,             # [B, T, N, H]
     k: jax.Array,             # [B, S, K, H]
     v: jax.Array,             # [B, S, K, H]
+    spans: Spans,             # of the T queries, as indices of the S keys
     *,
-    q_positions: jax.Array,   # [B, T] int32
-    k_positions: jax.Array,   # [B, S] int32
-    q_segments: jax.Array | None = None,   # [B, T] int32
-    k_segments: jax.Array | None = None,   # [B, S] int32
     scale: float,
     window: int | jax.Array | None = None,
     softcap: float | None = None,
 ) -> jax.Array:               # [B, T, N, H]
-  """softmax(scale * q k^T) v over keys at positions <= the query's, in the same segment.
+  """softmax(scale * q k^T) v over the keys that each query sees; zeros where it sees none.
 
   Query head n reads key head n // (N / K). Scores and softmax are float32. With `window` a query
-  sees that many keys, its own position included; it may be traced. With `softcap` scores become
+  sees the last so many of its keys; it may be traced. With `softcap` scores become
   softcap * tanh(score / softcap) before the mask (Gemma 2).
   """
-  if (q_segments is None) != (k_segments is None):
-    raise ValueError('q_segments and k_segments go together; one of them is None')
   b, t, n, h = q.shape
   groups = k.shape[2]
   q = q.reshape(b, t, groups, n // groups, h)
   scores = jnp.einsum('btkgh,bskh->bkgts', q, k, preferred_element_type=jnp.float32) * scale
   scores = _capped(scores, softcap)
-  keep = k_positions[:, None, :] <= q_positions[:, :, None]               # [B, T, S]
-  if window is not None:
-    keep &= k_positions[:, None, :] > q_positions[:, :, None] - window
-  if q_segments is not None and k_segments is not None:
-    keep &= q_segments[:, :, None] == k_segments[:, None, :]
+  keep = visible(spans if window is None else windowed(spans, window), k.shape[1])
   weights = softmax(scores, keep[:, None, None]).astype(v.dtype)
   out = jnp.einsum('bkgts,bskh->btkgh', weights, v)
   return out.reshape(b, t, n, h)
