@@ -58,7 +58,7 @@ def measure(steps: int) -> dict[str, float]:
   c, mesh = tiny_config(VOCABULARY), make_mesh()
   tx = make_optimizer(OptimizerConfig(3e-4))
   objective = preference_objective(
-      'irpo', {'beta': 0.1, 'alpha': 1.0}, c, ComputePolicy('float32', chunk=128, remat=False))
+      'irpo', {'beta': 0.1, 'alpha': 1.0}, c, ComputePolicy('float32', chunk=128, remat='all'))
   with jax.set_mesh(mesh):
     params = jax.device_put(init_params(jax.random.key(0), c), param_shardings(c, mesh))
     state = jax.jit(functools.partial(init_state, tx=tx))(params)

@@ -63,7 +63,7 @@ def main() -> None:
       samples = list(generate(engine, engine_params(engine, params), requests, seed=0))
       rows = [TokenRow(requests[s.request].prompt_ids, s.response_ids) for s in samples]
       scored = score_rows(
-          params, rows, c, ComputePolicy('float32', chunk=64, remat=False), mesh=mesh,
+          params, rows, c, ComputePolicy('float32', chunk=64, remat='all'), mesh=mesh,
           lengths=(longest + args.max_new_tokens,), batch_size=64, pad_id=tokenizer.pad_id)
       gap = np.abs(np.concatenate([
           np.subtract(s.logprobs, logps) for s, logps in zip(samples, scored, strict=True)]))

@@ -42,7 +42,7 @@ def main(argv) -> None:
       params = load_frozen(FLAGS.model, c, mesh=mesh, storage=storage)
       size = sum(x.nbytes for x in jax.tree.leaves(params))
       logps = score_rows(
-          params, rows, c, ComputePolicy('float32', 512, False), mesh=mesh, lengths=(longest,),
+          params, rows, c, ComputePolicy('float32', 512, 'all'), mesh=mesh, lengths=(longest,),
           batch_size=8 * mesh.size, pad_id=tokenizer.pad_id)
       found[storage] = (size, logps)
   exact = found['float32'][1]

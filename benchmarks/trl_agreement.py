@@ -33,7 +33,7 @@ from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.training.logps import ComputePolicy, target_logps
 from jaxrl.training.objectives import Objective, mixed_objective
 
-POLICY = ComputePolicy('float32', 64, False)
+POLICY = ComputePolicy('float32', 64, 'all')
 
 
 @dataclasses.dataclass(frozen=True)

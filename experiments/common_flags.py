@@ -14,6 +14,7 @@ import jax
 from absl import app, flags, logging
 
 from jaxrl.errors import InputError
+from jaxrl.models.decoder import REMAT
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import NonFiniteError
@@ -33,7 +34,8 @@ flags.DEFINE_enum('compute_dtype', 'bfloat16', ['bfloat16', 'float32'],
 flags.DEFINE_enum('param_dtype', 'float32', ['float32', 'bfloat16'],
                   'Type that parameters are kept in between steps. bfloat16 halves their memory; '
                   'small updates are then lost to rounding. Moments of Adam stay float32.')
-flags.DEFINE_bool('remat', True, 'Recompute layers in the backward pass to save memory.')
+flags.DEFINE_enum('remat', 'attn', list(REMAT), 'What of each layer is kept for the backward pass; '
+                  'the rest is computed again: all keeps everything, nothing the least.')
 flags.DEFINE_integer('logp_chunk', 512, 'Target positions whose logits exist at one time, per row.',
                      lower_bound=1)
 flags.DEFINE_float('learning_rate', 7e-7, 'Peak learning rate.', lower_bound=0.0)

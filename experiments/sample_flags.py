@@ -244,4 +244,4 @@ def storage() -> str:
 
 def compute_policy() -> ComputePolicy:
   """Of scoring: no backward pass, so nothing is recomputed."""
-  return ComputePolicy(FLAGS.compute_dtype, FLAGS.logp_chunk, remat=False)
+  return ComputePolicy(FLAGS.compute_dtype, FLAGS.logp_chunk, remat='all')

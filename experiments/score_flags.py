@@ -73,4 +73,4 @@ def check_devices(mesh: jax.sharding.Mesh) -> None:
 
 def compute_policy() -> ComputePolicy:
   """No backward pass, so nothing is recomputed."""
-  return ComputePolicy(FLAGS.compute_dtype, FLAGS.logp_chunk, remat=False)
+  return ComputePolicy(FLAGS.compute_dtype, FLAGS.logp_chunk, remat='all')

@@ -97,8 +97,8 @@ def check() -> ScpoConfig:
     raise InputError('equal prompts would give equal problems', where='--new_problem_temperature',
                      expected='a number > 0', found=FLAGS.new_problem_temperature)
   task = data_flags.task()
-  if any(counts) and task.choices_field is not None:
-    raise InputError('problems with options cannot be written', where='--num_generated',
+  if any(counts) and (task.choices_field is not None or task.answer_kind == 'grid'):
+    raise InputError('problems with options or tables cannot be written', where='--num_generated',
                      expected=f'0 with --task={task.name}', found=FLAGS.num_generated)
   if FLAGS.answer_marker is not None and not FLAGS.answer_marker.strip():
     raise InputError('the marker is empty', where='--answer_marker', expected='some text',

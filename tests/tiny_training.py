@@ -17,7 +17,7 @@ from jaxrl.training.score import score_rows
 from jaxrl.training.step import init_state, train_step
 from tests.tiny_model import CONFIG, QUICK, random_params
 
-POLICY = ComputePolicy('float32', chunk=8, remat=False)
+POLICY = ComputePolicy('float32', chunk=8, remat='all')
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.1)
 LENGTHS = (16,)
 PAD = 0

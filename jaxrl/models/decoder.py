@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl.models import params as params_lib
 from jaxrl.models.config import ModelConfig
@@ -20,13 +21,15 @@ from jaxrl.models.storage import Int8, dequantise
 from jaxrl.parallel.sharding import (
     GATHERED,
     contract,
+    gather_length,
     look_up,
     mean_with_other_parts,
+    on_parts,
     shard,
     whole_vocabulary,
     with_other_parts,
 )
-from kernels.attention import attention, causal
+from kernels.attention import Spans, attention, causal
 
 Params = params_lib.Params
 # (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], window) -> (attended [B,T,N,H], the cache)
@@ -39,6 +42,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
 }
 NO_WINDOW = 2**30                      # more keys than any sequence has
+# Policies of recomputation: what of a layer is kept on the device, and in the memory of the host.
+# 'all' keeps everything that the backward pass reads, 'nothing' only what enters the layer.
+REMAT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    'all': ((), ()),
+    'nothing': ((), ()),
+    'attn': (('attn',), ()),
+    'qkv_attn': (('q', 'k', 'v', 'attn'), ()),
+    'minimal': (('q', 'k', 'v', 'attn', 'mid', 'gate', 'up'), ()),
+    'offload_attn': ((), ('attn',)),
+    'offload_qkv_attn': ((), ('q', 'k', 'v', 'attn')),
+}
 
 
 def cast(params: Params, dtype) -> Params:
@@ -92,8 +106,9 @@ def _mlp(h, w, c: ModelConfig) -> jax.Array:
   activation = ACTIVATIONS[c.activation]
   if c.experts is not None:
     return mixture(h, w, c.experts, activation)
-  gate = _project('gate', 'btd,df->btf', h, w, c, 'batch', 'length', 'mlp')
-  up = _project('up', 'btd,df->btf', h, w, c, 'batch', 'length', 'mlp')
+  gate, up = (
+      checkpoint_name(_project(name, 'btd,df->btf', h, w, c, 'batch', 'length', 'mlp'), name)
+      for name in ('gate', 'up'))
   return _project(
       'down', 'btf,fd->btd', activation(gate) * up, w, c, 'batch', 'length', 'embed',
       summed='mlp')
@@ -113,11 +128,12 @@ def _layer(x, w, kind, rotary: Rotary, attend: Attend, c: ModelConfig):
   v = _project('v', 'btd,dkh->btkh', h, w, c, 'batch', 'length', 'kv', None)
   q, k = norm('q_norm', q), norm('k_norm', k)
   cos, sin = rotary.cos[kind.get('rope', 0)], rotary.sin[kind.get('rope', 0)]
-  attended, kept = attend(
-      apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, kind.get('window', _same_window(c)))
+  q, k, v = (checkpoint_name(x, name) for x, name in (
+      (apply_rope(q, cos, sin), 'q'), (apply_rope(k, cos, sin), 'k'), (v, 'v')))
+  attended, kept = attend(q, k, v, kind.get('window', _same_window(c)))
   out = _project('o', 'btnh,nhd->btd', attended, w, c, 'batch', 'length', 'embed',
                  summed='heads')
-  x = x + norm('attention_out_norm', out)
+  x = checkpoint_name(x + norm('attention_out_norm', out), 'mid')
   return x + norm('mlp_out_norm', _mlp(norm('mlp_norm', x), w, c)), kept
 
 
@@ -184,36 +200,79 @@ def compute_dtype(params: Params):
   return params['final_norm'].dtype
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Where the tokens of packed rows stand in their sequences, and what they see of the row."""
+
+  positions: jax.Array        # [B, T] int32
+  spans: Spans
+
+
 def forward(
     params: Params,
     tokens: jax.Array,        # [B, T] int32
     c: ModelConfig,
     *,
-    remat: bool = False,
+    layout: Layout | None = None,
+    remat: str = 'all',
 ) -> jax.Array:               # [B, T, D]
-  """Hidden states before the output matrix, for rows padded on the right.
+  """Hidden states before the output matrix; one sequence per row, padded on the right, or `layout`.
 
   A padded position comes after every real one, so the causal mask alone keeps it out of sight.
-  `remat` recomputes each layer in the backward pass instead of keeping its activations.
+  `remat` names what is kept for the backward pass, of `REMAT`; the rest is computed again.
   """
   b, t = tokens.shape
   dtype = compute_dtype(params)
-  positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
-  positions = shard(positions, 'batch', 'length')
-  spans = jax.tree.map(lambda x: shard(x, 'batch', 'length'), causal(b, t))
+  if layout is None:
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t))
+    layout = Layout(positions, causal(b, t))
+  positions, spans = (
+      jax.tree.map(lambda x: shard(x, 'batch', 'length'), x)
+      for x in (layout.positions, layout.spans))
   rotary = rope_angles(positions, c)
   x = _embed(params, tokens, c, dtype)
 
   def attend(q, k, v, window):
-    return attention(q, k, v, spans, window=window, **attention_options(c)), None
+    return _attention(q, k, v, spans, window, c), None
 
   def body(x, layer):
     w, kind = layer
     return _layer(x, _ready(w, c, dtype), kind, rotary, attend, c)
 
-  x, _ = jax.lax.scan(
-      jax.checkpoint(body) if remat else body, x, (_stacked(params), _layer_kinds(c)))
+  x, _ = jax.lax.scan(_keeping(body, remat), x, (_stacked(params), _layer_kinds(c)))
   return _final_norm(params, x, c)
+
+
+def _keeping(body: Callable, remat: str) -> Callable:
+  """The body of the scan over layers, which keeps what a policy names."""
+  if remat == 'all':
+    return body
+  kept, parked = REMAT[remat]
+  if parked:
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(kept), names_which_can_be_offloaded=list(parked),
+        offload_src='device', offload_dst='pinned_host')
+  else:
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+  return jax.checkpoint(body, policy=policy)
+
+
+def _attention(q, k, v, spans: Spans, window, c: ModelConfig) -> jax.Array:
+  """Attention on each device's rows and heads; queries of a part of a row see keys of all of it."""
+  heads, keys = ('batch', 'length', 'heads', None), ('batch', 'length', 'kv', None)
+  options = attention_options(c)
+
+  def local(q, k, v, *rest):
+    *bounds, window = rest
+    k, v = gather_length(k), gather_length(v)
+    return attention(q, k, v, Spans(*bounds), window=window, **options)
+
+  bounds = [(x, ('batch', 'length')) for x in jax.tree.leaves(spans)]
+  traced = isinstance(window, jax.Array)
+  if traced:
+    return on_parts(local, heads, (q, heads), (k, keys), (v, keys), *bounds, (window, ()))
+  return on_parts(lambda *arrays: local(*arrays, window), heads, (q, heads), (k, keys), (v, keys),
+                  *bounds)
 
 
 def forward_cached(

@@ -163,6 +163,34 @@ def over_devices(
   return jax.shard_map(part, in_specs=(rows, *specs), out_specs=rows)(x, *arrays)
 
 
+def on_parts(
+    function: Callable[..., jax.Array], out: tuple[str | None, ...],
+    *arrays: tuple[jax.Array, tuple[str | None, ...]],
+) -> jax.Array:
+  """function on each device's part of the arrays, each given with its logical names.
+
+  Without a mesh it is the plain call.
+  """
+  values = [x for x, _ in arrays]
+  if not _explicit_mesh():
+    return function(*values)
+  specs = tuple(_current_spec(names, ACTIVATION) for _, names in arrays)
+  values = [jax.sharding.reshard(x, s) for x, s in zip(values, specs, strict=True)]
+  return jax.shard_map(
+      function, in_specs=specs, out_specs=_current_spec(out, ACTIVATION))(*values)
+
+
+def per_row(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+  """function on each device's rows of the arrays [B, ...]; all else is whole on every device."""
+  rows = [(x, ('batch', *[None] * (x.ndim - 1))) for x in arrays]
+  return on_parts(function, rows[0][1], *rows)
+
+
+def gather_length(x: jax.Array) -> jax.Array:
+  """The whole length [B, T, ...] of what the devices of the sequence axis hold parts of."""
+  return x
+
+
 def stored(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:
   """Where a parameter rests between steps."""
   return NamedSharding(mesh, spec(names, STORED, mesh.shape))

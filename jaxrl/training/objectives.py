@@ -21,7 +21,12 @@ from jaxrl.losses.pairs import PLAIN, PairOptions, PairSums
 from jaxrl.losses.whole_batch import initial_state
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.lora import attach
-from jaxrl.training.logps import ComputePolicy, logps_and_collisions, target_logps
+from jaxrl.training.logps import (
+    ComputePolicy,
+    by_unit,
+    logps_and_collisions,
+    response_logps,
+)
 
 Batch = Mapping[str, jax.Array]
 Totals = dict[str, tuple[jax.Array, str]]            # term -> (total over rows, its normaliser)
@@ -51,8 +56,7 @@ def sft_objective(c: ModelConfig, policy: ComputePolicy) -> Objective:
   """Mean negative log-likelihood per response token; batch of `sequence_arrays` [B, T]."""
 
   def totals(params, part):
-    logps = target_logps(params, part['inputs'], part['targets'], c, policy)
-    nll = mean_over(-logps, part['mask'])
+    nll = mean_over(-response_logps(params, part, c, policy), by_unit(part)['mask'])
     return {'nll': (nll.total, 'tokens')}, {}
 
   def counts(batch):
@@ -112,31 +116,31 @@ def mixed_objective(
     return dataclasses.replace(s, rows=rows)
 
   def totals(params, part):
-    flat, collisions = _flat_pairs(part), None
+    collisions = None
     if pair_options.wpo:
-      logps, collisions = logps_and_collisions(params, **flat, c=c, policy=policy)
-      collisions = collisions.reshape(part['inputs'].shape)
+      logps, collisions = logps_and_collisions(params, part, c, policy)
     else:
-      logps = target_logps(params, **flat, c=c, policy=policy)
-    s = sums(logps.reshape(part['inputs'].shape), part, collisions)
+      logps = response_logps(params, part, c, policy)
+    s = sums(logps, by_unit(part), collisions)
     terms, _ = preference.mixed_totals(parts, s)
     return terms, preference.pref_metrics(s, beta)
 
   def counts(batch):
-    return preference.normalisers(sums(batch['ref_logps'], batch))
+    units = by_unit(batch)
+    return preference.normalisers(sums(units['ref_logps'], units))
 
   def survey(params, batch, state, step, micro_batches):
-    flat = _flat_pairs(batch)
     if moving is not None:
       reference = _moved(state['reference'], params, step, moving)
       state = state | {'reference': reference}
-      logps = scored(reference, flat, c, policy, micro_batches)
-      batch = {**batch, 'ref_logps': logps.reshape(batch['inputs'].shape)}
+      logps = scored(reference, batch, c, policy, micro_batches)
+      batch = {**batch, 'ref_logps': logps.reshape(batch['ref_logps'].shape)}
     for name in surveyed:
-      logps = scored(params, flat, c, policy, micro_batches).reshape(batch['inputs'].shape)
       s, moments = preference.survey(
-          name, sums(logps, batch), state.get('running'), **parts[name][1])
-      batch = {**batch, **{f'row/{key}': x for key, x in s.rows.items()}}
+          name, sums(scored(params, batch, c, policy, micro_batches), by_unit(batch)),
+          state.get('running'), **parts[name][1])
+      found = {f'row/{key}': x.reshape(batch['weights'].shape) for key, x in s.rows.items()}
+      batch = {**batch, **found}
       if 'running' in state:
         state = state | {'running': dict(moments)}
     return batch, state
@@ -166,12 +170,6 @@ def check_mixture(
     raise ValueError(f'{" and ".join(surveyed)} each look at the whole batch; take one of them')
 
 
-def _flat_pairs(part: Batch) -> dict[str, jax.Array]:
-  """[P, 2, T] -> [2 P, T]."""
-  p, _, t = part['inputs'].shape
-  return {key: part[key].reshape(2 * p, t) for key in ('inputs', 'targets')}
-
-
 def _moved(reference: dict, params: dict, step: jax.Array, moving: MovingReference) -> dict:
   """The reference of this step: mixed with the policy where `step` falls on the interval."""
   due = (step > 0) & (step % moving.sync_steps == 0)
@@ -183,17 +181,19 @@ def _moved(reference: dict, params: dict, step: jax.Array, moving: MovingReferen
 def scored(
     params: dict, rows: Batch, c: ModelConfig, policy: ComputePolicy, micro_batches: int
 ) -> jax.Array:
-  """Log-probs [R, T] of whole-batch rows without gradient, a micro-batch at a time."""
+  """`response_logps` of a whole batch without gradient, a micro-batch at a time."""
   params = jax.lax.stop_gradient(params)
 
   def one(part):
-    return target_logps(params, part['inputs'], part['targets'], c, policy)
+    return response_logps(params, part, c, policy)
 
-  flat = {key: rows[key] for key in ('inputs', 'targets')}
   if micro_batches == 1:
-    return jax.lax.stop_gradient(one(flat))
-  out = jax.lax.map(one, jax.tree.map(lambda x: split_rows(x, micro_batches), flat))
-  return jax.lax.stop_gradient(jnp.swapaxes(out, 0, 1).reshape(flat['inputs'].shape))
+    return jax.lax.stop_gradient(one(rows))
+  units = by_unit(rows)['mask']
+  out = jax.lax.map(one, jax.tree.map(lambda x: split_rows(x, micro_batches), dict(rows)))
+  if 'places' in rows:        # [parts, rows of a part * K, ...]: units of a row stay together
+    out = out.reshape(micro_batches, rows['places'].shape[0] // micro_batches, -1, *out.shape[2:])
+  return jax.lax.stop_gradient(jnp.swapaxes(out, 0, 1).reshape(units.shape))
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
@@ -216,7 +216,8 @@ def kto_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> Ob
   jax.eval_shape(lambda: kto.kto(empty, jnp.zeros(()), **options))
 
   def totals(params, part):
-    logps = target_logps(params, part['inputs'], part['targets'], c, policy)
+    logps = response_logps(params, part, c, policy)
+    part = by_unit(part)
     batch = {'policy': logps, 'ref': part['ref_logps'], 'mask': part['mask'],
              'label': part['label']}
     per_row, valid = kto.kto(batch, part['row/z0'], **options)
@@ -228,14 +229,15 @@ def kto_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> Ob
         'kto/z0': mean_over(part['row/z0'], valid)}
 
   def counts(batch):
-    return {'rows': jnp.sum(jnp.any(batch['mask'], axis=1), dtype=jnp.float32)}
+    return {'rows': jnp.sum(jnp.any(by_unit(batch)['mask'], axis=1), dtype=jnp.float32)}
 
   def survey(params, batch, state, step, micro_batches):
     del step
-    rows = {'inputs': batch['kl_inputs'], 'targets': batch['kl_targets']}
+    rows = {key.removeprefix('kl_'): x for key, x in batch.items() if key.startswith('kl_')}
+    units = by_unit(rows)
     z0 = kto.kl_estimate({
         'kl_policy': scored(params, rows, c, policy, micro_batches),
-        'kl_ref': batch['kl_ref_logps'], 'kl_mask': batch['kl_mask']}).value()
+        'kl_ref': units['ref_logps'], 'kl_mask': units['mask']}).value()
     kept = {key: x for key, x in batch.items() if not key.startswith('kl_')}
     z0 = jnp.maximum(z0, 0.0)
     return kept | {'row/z0': jnp.zeros_like(batch['label']) + z0}, state
@@ -254,7 +256,8 @@ def wspo_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> O
   gamma = float(options.get('gamma', 0.1))
 
   def totals(params, part):
-    logps = target_logps(params, part['inputs'], part['targets'], c, policy)
+    logps = response_logps(params, part, c, policy)
+    part = by_unit(part)
     weak = part['weak_gap']
     per_row, valid = wspo.wspo({
         'policy_strong': logps, 'ref_strong': part['ref_logps'], 'weak_aligned': weak,
@@ -266,7 +269,7 @@ def wspo_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> O
         'wspo/error': mean_over(jnp.abs(gamma * strong - weak), part['mask'])}
 
   def counts(batch):
-    return {'rows': jnp.sum(jnp.any(batch['mask'], axis=1), dtype=jnp.float32)}
+    return {'rows': jnp.sum(jnp.any(by_unit(batch)['mask'], axis=1), dtype=jnp.float32)}
 
   return Objective(totals, counts)
 

@@ -41,7 +41,7 @@ FLAGS = flags.FLAGS
 FOLDER = dive_flags.WORLD_FLAGS.parent
 K, P, VOTES = 12, 3, 4
 SETTINGS = (
-    '--task=world', '--compute_dtype=float32', '--noremat', '--iterations=2',
+    '--task=world', '--compute_dtype=float32', '--remat=all', '--iterations=2',
     f'--samples_per_prompt={K}', f'--pairs_per_prompt={P}', '--temperature=0.8',
     '--max_prompt_length=24', '--max_new_tokens=20', '--length_buckets=44', '--logp_chunk=128',
     '--learning_rate=1e-3', '--batch_size=4', f'--votes={VOTES}', '--slots=64',

@@ -20,7 +20,7 @@ from jaxrl.runs.metrics import read_metrics
 from tests.experiments import in_process, irpo_runs, small_model
 
 FLAGS = flags.FLAGS
-SMALL = ('--compute_dtype=float32', '--noremat', '--batch_size=8', '--score_batch=8',
+SMALL = ('--compute_dtype=float32', '--remat=all', '--batch_size=8', '--score_batch=8',
          '--log_every=1', '--save_every=2', '--length_buckets=47', '--learning_rate=1e-3',
          '--max_steps=2')
 

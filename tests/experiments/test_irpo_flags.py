@@ -170,14 +170,14 @@ def test_values_out_of_range_are_refused(arguments, message):
 
 def test_settings_of_the_world_are_defaults():
   """They give way to what the user says, wherever that stands, and do not count as given."""
-  check('--votes=0', '--noremat')
-  assert FLAGS.task == 'world' and FLAGS.dedup and not FLAGS.remat and FLAGS.votes == 0
+  check('--votes=0', '--remat=all')
+  assert FLAGS.task == 'world' and FLAGS.dedup and FLAGS.remat == 'all' and FLAGS.votes == 0
   assert FLAGS['vote_temperature'].present == 0
 
 
 def test_a_model_is_run_with_the_flags_own_defaults():
   check(*MODEL)
-  assert FLAGS.task == 'gsm8k' and FLAGS.remat and not FLAGS.dedup
+  assert FLAGS.task == 'gsm8k' and FLAGS.remat == 'attn' and not FLAGS.dedup
 
 
 def test_run_dir_may_be_named_like_a_flag():

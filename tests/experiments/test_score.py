@@ -301,7 +301,7 @@ BAD_FLAGS = [
     (['--lora_rank=4'], '--lora_rank: the flag would have no effect'),
     (['--over_length=truncate'], 'responses are scored whole'),
     (['--task=gsm8k'], '--task: the flag would have no effect'),
-    (['--noremat'], '--remat: the flag would have no effect'),
+    (['--remat=all'], '--remat: the flag would have no effect'),
     (['--length_buckets=4'], 'the padded lengths do not cover the longest row'),
 ]
 

@@ -41,6 +41,7 @@ REFUSED = [
     (('--num_generated=-1',), '--num_generated: .*whole numbers'),
     (('--num_generated=4', '--new_problem_temperature=0'), '--new_problem_temperature: equal'),
     ((*MODEL, '--task=arc', '--num_generated=4'), '--num_generated: problems with options'),
+    ((*MODEL, '--task=zebralogic', '--num_generated=4'), '--num_generated: problems with options'),
     (('--beta=0',), '--beta: .*a number > 0'),
 ]
 WORKS = [

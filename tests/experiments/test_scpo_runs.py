@@ -25,7 +25,7 @@ from tests.experiments import irpo_runs
 
 K, EXTRA = 6, 3
 SETTINGS = (
-    '--task=world', '--compute_dtype=float32', '--noremat', '--iterations=1',
+    '--task=world', '--compute_dtype=float32', '--remat=all', '--iterations=1',
     f'--samples_per_prompt={K}', f'--extra_samples={EXTRA}', '--extra_temperature=1.5',
     '--tau_fraction=0.3', '--temperature=0.8', '--max_prompt_length=24', '--max_new_tokens=20',
     '--length_buckets=44', '--logp_chunk=128', '--learning_rate=1e-3', '--batch_size=4',

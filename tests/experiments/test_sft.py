@@ -26,7 +26,7 @@ from tests.experiments import in_process, irpo_runs
 FLAGS = flags.FLAGS
 SMALL = (
     '--d_model=16', '--layers=1', '--heads=2', '--kv_heads=2', '--d_mlp=32', '--vocab_size=300',
-    '--compute_dtype=float32', '--noremat', '--batch_size=8', '--log_every=1', '--save_every=2')
+    '--compute_dtype=float32', '--remat=all', '--batch_size=8', '--log_every=1', '--save_every=2')
 
 
 def run(*arguments: object) -> irpo_runs.Ended:

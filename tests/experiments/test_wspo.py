@@ -30,7 +30,7 @@ FOLDER = pathlib.Path(wspo_flags.__file__).parent / 'flags'
 WEAK = dataclasses.replace(small_model.CONFIG, d_model=8, n_heads=1, n_kv=1, d_mlp=16,
                            vocab_size=416)     # padded otherwise
 SMALL = ('--length_buckets=47', '--score_batch=8', '--batch_size=8', '--compute_dtype=float32',
-         '--noremat', '--learning_rate=1e-2', '--gamma=0.5', '--epochs=4', '--log_every=1',
+         '--remat=all', '--learning_rate=1e-2', '--gamma=0.5', '--epochs=4', '--log_every=1',
          '--save_every=4')
 
 

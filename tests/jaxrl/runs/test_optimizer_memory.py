@@ -74,7 +74,7 @@ def test_sampling_has_the_devices_to_itself(tmp_path, monkeypatch):
   monkeypatch.setattr(sampling, 'generate', generate)
   with open_run(tmp_path / 'run', flags={}, versions={}) as run, jax.set_mesh(mesh), \
        MetricsLog(run.folder / 'metrics.jsonl') as metrics:
-    compute = ComputePolicy('float32', 16, False)
+    compute = ComputePolicy('float32', 16, 'all')
     session = sessions.Session(run, metrics, Progress(), mesh, config, tokenizer, compute, 0,
                                lambda: 0)
     engine = make_engine(config, SamplingConfig(8), EngineConfig(4), mesh, max_prompt=8,

@@ -51,7 +51,7 @@ def session(start, tmp_path):
   with open_run(tmp_path / 'run', flags={}, versions={}) as run, jax.set_mesh(mesh), \
        MetricsLog(run.folder / 'metrics.jsonl') as metrics:
     made = sessions.Session(run, metrics, Progress(), mesh, model, tokenizer,
-                            ComputePolicy('float32', 16, False), 0, lambda: 0)
+                            ComputePolicy('float32', 16, 'all'), 0, lambda: 0)
     _publish_pairs(made)
     yield made
 

@@ -87,7 +87,7 @@ def test_bfloat16_parameters_keep_float32_moments_and_follow_the_float32_ones():
   params = random_params()
   batch = {key: jnp.asarray(x) for key, x in sequence_arrays(
       [TokenRow([1, 2, 3], [4, 5, 6]), TokenRow([7], [8, 9])], (8,), 0).items()}
-  policy = ComputePolicy('float32', 8, False)
+  policy = ComputePolicy('float32', 8, 'all')
   step = jax.jit(functools.partial(
       train_step, objective=sft_objective(CONFIG, policy), tx=tx), compiler_options=QUICK)
   wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), params)

@@ -1,0 +1,257 @@
+"""Whole units, a prompt and its responses, packed into a few long rows of a fixed set of shapes.
+
+The prompt is stored once. A row holds, unit after unit, the prompt without its last id, and then
+for each response a segment: the prompt's last id and the response without its last, so that every
+response id is predicted by a token of its own segment. A segment's positions go on from those of
+the prompt, and its tokens see the prompt and themselves (`kernels.attention.Spans`).
+
+Packing changes where ids lie and nothing else: batch k holds the units that it would hold as padded
+rows, and gives the same loss and the same gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import grain
+import numpy as np
+
+from jaxrl.data.batches import LabelledRow, Pair, TokenRow, WeakRow
+from jaxrl.errors import InputError
+
+Batch = dict[str, np.ndarray]
+Row = TypeVar('Row')
+SPANS = ('prefix_start', 'prefix_end', 'start', 'end')
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """A prompt, its responses, and what is known of each response id and of the unit.
+
+  Attributes:
+    per_token: name -> for each response one number per id.
+    per_unit: name -> a number.
+  """
+
+  prompt_ids: Sequence[int]
+  responses: Sequence[Sequence[int]]
+  per_token: Mapping[str, Sequence[Sequence[float]]]
+  per_unit: Mapping[str, float]
+
+  @property
+  def size(self) -> int:
+    """Places of a row that the unit fills."""
+    return len(self.prompt_ids) - 1 + self.targets
+
+  @property
+  def targets(self) -> int:
+    """Response ids, which are what is predicted."""
+    return sum(map(len, self.responses))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Static sizes of a packed batch: what a program is compiled for."""
+
+  rows: int                   # B
+  length: int                 # T, places of a row
+  targets: int                # M, response ids of a row
+  units: int                  # K of a row
+  response: int               # R, ids of the longest response
+  responses: int              # N of a unit
+
+
+def pair_unit(pair: Pair) -> Unit:
+  """Both responses after one prompt, chosen first.
+
+  Raises:
+    InputError: the two have different prompts.
+  """
+  if list(pair.chosen.prompt_ids) != list(pair.rejected.prompt_ids):
+    raise InputError('the responses of a pair have different prompts, which cannot be stored once',
+                     where='--layout=packed', fix='Use --layout=padded')
+  return Unit(pair.chosen.prompt_ids, (pair.chosen.response_ids, pair.rejected.response_ids),
+              {'ref_logps': (pair.chosen_ref, pair.rejected_ref)}, {'weights': pair.weight})
+
+
+def sequence_unit(row: TokenRow) -> Unit:
+  return Unit(row.prompt_ids, (row.response_ids,), {}, {})
+
+
+def weak_unit(row: WeakRow) -> Unit:
+  return Unit(row.row.prompt_ids, (row.row.response_ids,),
+              {'ref_logps': (row.ref,), 'weak_gap': (row.weak_gap,)}, {})
+
+
+def labelled_units(row: LabelledRow) -> dict[str, Unit]:
+  """The labelled response, and as 'kl_' the mismatched one that KTO's divergence is read from."""
+  return {
+      '': Unit(row.row.prompt_ids, (row.row.response_ids,), {'ref_logps': (row.ref,)},
+               {'label': row.label}),
+      'kl_': Unit(row.mismatched.prompt_ids, (row.mismatched.response_ids,),
+                  {'ref_logps': (row.mismatched_ref,)}, {})}
+
+
+def spread(units: Sequence[Unit], rows: int) -> list[list[Unit]]:
+  """The units over `rows` rows of about equal size: the largest first, each to the emptiest row."""
+  out: list[list[Unit]] = [[] for _ in range(rows)]
+  heap = [(0, row) for row in range(rows)]
+  for unit in sorted(units, key=lambda unit: -unit.size):
+    size, row = heapq.heappop(heap)
+    out[row].append(unit)
+    heapq.heappush(heap, (size + unit.size, row))
+  return out
+
+
+def needed(units: Sequence[Unit], rows: int) -> Shape:
+  """The least shape that holds these units in so many rows."""
+  packed = spread(units, rows)
+  return Shape(
+      rows, max(sum(u.size for u in row) for row in packed),
+      max(sum(u.targets for u in row) for row in packed), max(map(len, packed)),
+      max((len(r) for u in units for r in u.responses), default=0), len(units[0].responses))
+
+
+def packed_arrays(units: Sequence[Unit], shape: Shape, pad_id: int) -> Batch:
+  """A batch of `shape`; names and dimensions:
+
+  inputs, positions, prefix_start, prefix_end, start, end: int32 [B, T], the last four as indices
+    into the row; a place that holds nothing has an `end` of 0.
+  picked, targets: int32 [B, M], the places that predict a response id, and those ids.
+  places: int32 [B, K, N, R], where each response id lies among the M; mask: bool, where there is
+    one; what `per_token` names: float32, as long. Without N where units have one response.
+  What `per_unit` names: float32 [B, K].
+
+  Raises:
+    InputError: a unit has no prompt or another number of responses, or the shape is too small.
+  """
+  b, t, k, n = shape.rows, shape.length, shape.units, shape.responses
+  tokens: Batch = {name: np.zeros((b, t), np.int32) for name in ('positions', *SPANS)}
+  tokens['inputs'] = np.full((b, t), pad_id, np.int32)
+  out: Batch = {name: np.zeros((b, shape.targets), np.int32) for name in ('picked', 'targets')}
+  each = (b, k, n, shape.response)
+  out |= {'places': np.zeros(each, np.int32), 'mask': np.zeros(each, bool)}
+  out |= {name: np.zeros(each, np.float32) for name in units[0].per_token}
+  out |= {name: np.zeros((b, k), np.float32) for name in units[0].per_unit}
+  for row, members in enumerate(spread(units, b)):
+    place, target = 0, 0
+    for number, unit in enumerate(members):
+      _check(unit, n)
+      if place + unit.size > t or target + unit.targets > shape.targets or number >= k:
+        raise InputError('a batch does not fit its packed shape', where='batches',
+                         expected=f'at most {shape}', found=needed(units, b))
+      prompt, p = unit.prompt_ids, len(unit.prompt_ids)
+      prefix = slice(place, place + p - 1)
+      _put(tokens, row, prefix, prompt[:-1], 0, (0, 0, place))
+      start = prefix.stop
+      for response, ids in enumerate(unit.responses):
+        r = len(ids)
+        if not r:
+          continue
+        segment = slice(start, start + r)
+        _put(tokens, row, segment, [prompt[-1], *ids[:-1]], p - 1, (place, prefix.stop, start))
+        out['picked'][row, target:target + r] = np.arange(start, start + r)
+        out['targets'][row, target:target + r] = ids
+        out['places'][row, number, response, :r] = np.arange(target, target + r)
+        out['mask'][row, number, response, :r] = True
+        for name, values in unit.per_token.items():
+          out[name][row, number, response, :r] = values[response]
+        start, target = segment.stop, target + r
+      for name, value in unit.per_unit.items():
+        out[name][row, number] = value
+      place = start
+  if n == 1:
+    out = {name: x[:, :, 0] if x.ndim == 4 else x for name, x in out.items()}
+  return tokens | out
+
+
+def _check(unit: Unit, responses: int) -> None:
+  if not len(unit.prompt_ids):
+    raise InputError('the row has no prompt', where='a packed batch',
+                     expected='at least one prompt id')
+  if len(unit.responses) != responses:
+    raise InputError('units differ in their number of responses', where='a packed batch',
+                     expected=responses, found=len(unit.responses))
+
+
+def _put(tokens: Batch, row: int, where: slice, ids: Sequence[int], position: int,
+         spans: tuple[int, int, int]) -> None:
+  """A run of ids whose tokens see the prefix spans[0] to spans[1], and what came since spans[2]."""
+  index = np.arange(where.start, where.stop)
+  tokens['inputs'][row, where] = ids
+  tokens['positions'][row, where] = index - where.start + position
+  for name, value in zip(SPANS, (*spans, index + 1), strict=True):
+    tokens[name][row, where] = value
+
+
+def fitting_lengths(totals: Iterable[int], *, count: int, multiple: int) -> tuple[int, ...]:
+  """At most `count` lengths, each a `multiple`, that hold all totals with the least padding."""
+  counts: dict[int, int] = {}
+  for total in totals:
+    length = max(-(-total // multiple), 1) * multiple
+    counts[length] = counts.get(length, 0) + 1
+  lengths = sorted(counts)
+  # least[c][n]: padding of the n shortest lengths under c of them as bounds, and where to cut.
+  number = np.concatenate([[0], np.cumsum([counts[x] for x in lengths])])
+  least = [(0.0, ())] + [(np.inf, ())] * len(lengths)
+  for _ in range(min(count, len(lengths))):
+    least = [least[0]] + [
+        min([least[n]] + [
+            (least[m][0] + lengths[n - 1] * (number[n] - number[m]), (*least[m][1], lengths[n - 1]))
+            for m in range(n)], key=lambda x: x[0])
+        for n in range(1, len(least))]
+  return least[-1][1]
+
+
+def packed_batches(
+    rows: Sequence[Row], units: Callable[[Row], Unit | dict[str, Unit]], *, batch_size: int,
+    seed: int, steps: int, into: int, shapes: int, multiple: int, pad_id: int,
+) -> tuple[grain.MapDataset, tuple[dict[str, Shape], ...]]:
+  """The batches of `shuffled_batches` packed into `into` rows, and their at most `shapes` shapes.
+
+  Element k is a pure function of (rows, seed, k), for k below `steps`. Where `units` gives several
+  units of a row by name, each is packed for itself and its arrays begin with the name; the first
+  says how long rows are.
+  """
+  made = [unit if isinstance(unit := units(row), dict) else {'': unit} for row in rows]
+  names = tuple(made[0])
+  order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat().batch(
+      batch_size, batch_fn=list)
+
+  def least(numbers: Sequence[int], name: str = names[0]) -> Shape:
+    return needed([made[n][name] for n in numbers], into)
+
+  batches = [order[k] for k in range(steps)]
+  found: dict[int, dict[str, Shape]] = {}
+  lengths = fitting_lengths((least(b).length for b in batches), count=shapes, multiple=multiple)
+  for length in lengths:
+    fitting = [b for b in batches if _smallest(least(b).length, lengths) == length]
+    found[length] = {
+        name: _covering([least(b, name) for b in fitting], multiple) for name in names}
+
+  def pack(numbers: Sequence[int]) -> Batch:
+    shape = found[_smallest(least(numbers).length, lengths)]
+    return {f'{name}{key}': x for name in names for key, x in packed_arrays(
+        [made[n][name] for n in numbers], shape[name], pad_id).items()}
+
+  return order.map(pack), tuple(found.values())
+
+
+def _covering(shapes: Sequence[Shape], multiple: int) -> Shape:
+  """The least shape that all of these fit into, its sizes of tokens multiples of `multiple`."""
+  most = {name: max(getattr(s, name) for s in shapes) for name in Shape.__annotations__}
+  for name in ('length', 'targets'):
+    most[name] = max(-(-most[name] // multiple), 1) * multiple
+  return Shape(**most)
+
+
+def _smallest(total: int, lengths: Sequence[int]) -> int:
+  return next(length for length in lengths if length >= total)
+
+
+def fill(batch: Mapping[str, Any]) -> float:
+  """The share of a packed batch's places that hold a token."""
+  return float(np.mean(np.asarray(batch['end']) > 0))
