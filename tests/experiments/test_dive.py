@@ -404,7 +404,7 @@ def test_measures_of_a_question():
   assert found['embedding, right'].keys() == {'a'}
 
 
-def _seed(gain=0.2, width=0.05, change=-0.3, right=(1, 1, 0, 0), after=(1, 1, 1, 0)):
+def _seed(gain=0.2, width=0.05, change=-0.3, right=(1, 0) * 20, after=(1, 0) * 20):
   def estimates(value):
     return {name: None if value is None else vars(Estimate(value, value - width, value + width))
             for name in dive_claims.MEASURES}
@@ -435,7 +435,7 @@ def test_all_claims_can_hold():
     ({'gain': None}, ['undecided', 'holds', 'holds']),
     ({'change': 0.3}, ['holds', 'holds', 'does not hold']),
     ({'right': (1,) * 40, 'after': (1, 0, 0, 0) * 10}, ['holds', 'does not hold', 'holds']),
-    ({'right': (1, 0) * 20, 'after': (0, 1) * 20}, ['holds', 'holds', 'holds'])])
+    ({'right': (1, 0) * 20, 'after': (0, 1) * 20}, ['holds', 'undecided', 'holds'])])
 def test_each_claim_can_come_out_another_way(changes, expected):
   assert _verdicts(_seed(**changes)) == expected
 
@@ -456,6 +456,6 @@ def test_a_run_is_summarised(run):
     assert (found and found['value']) == pytest.approx(votes.get(key))
     gain = row['global']['gain'][name]
     assert gain is None if 'right' in name and not gain else gain['value'] == pytest.approx(0)
-  assert summary['verdicts'][f'{dive_claims.BOTH} is not less accurate than vanilla'][
+  assert summary['verdicts'][f'{dive_claims.BOTH} is at most 5 points less accurate than vanilla'][
       'verdict'] == 'holds'
   json.dumps(summary, allow_nan=False)
