@@ -2,6 +2,7 @@
 
     pip install trl==1.16.0
     python -m benchmarks.trl_agreement
+    python -m benchmarks.trl_trainers     # the KTO, CPO and ORPO trainers
 
 One random model of Llama's shape is the policy and another the reference; TRL collates a batch of
 text pairs, and the very ids and masks go through our objective. Prints the relative difference of
@@ -158,12 +159,25 @@ def our_loss(objective: Objective, params: dict, batch: dict) -> tuple[float, di
   return float(value), grads
 
 
+HEADER = ('| TRL | TRL loss | loss, relative difference | gradient, relative difference |\n'
+          '|---|---|---|---|')
+
+
+def table_row(label: str, expected: float, grads: dict[str, np.ndarray], found: float,
+              our_grads: dict, c: ModelConfig) -> str:
+  """TRL's loss and gradients, and how far ours are from them."""
+  named = dict(named_tensors(our_grads, c))
+  gap = np.sqrt(sum(np.sum((named[k] - g) ** 2) for k, g in grads.items()))
+  size = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+  return (f'| {label} | {expected:.6f} | {abs(found - expected) / abs(expected):.1e} | '
+          f'{gap / size:.1e} |')
+
+
 def main() -> None:
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   datasets.disable_progress_bars()
-  print('| TRL | TRL loss | loss, relative difference | gradient, relative difference |')
-  print('|---|---|---|---|')
+  print(HEADER)
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     c, params = make_models(folder)
@@ -172,11 +186,7 @@ def main() -> None:
       objective = mixed_objective(case.ours, c, POLICY, pair_options=case.variant)
       found, our_grads = our_loss(objective, params['policy'],
                                   our_batch(batch, c, params['reference']))
-      named = dict(named_tensors(our_grads, c))
-      gap = np.sqrt(sum(np.sum((named[k] - g) ** 2) for k, g in grads.items()))
-      size = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
-      print(f'| {label} | {expected:.6f} | {abs(found - expected) / abs(expected):.1e} | '
-            f'{gap / size:.1e} |', flush=True)
+      print(table_row(label, expected, grads, found, our_grads, c), flush=True)
 
 
 if __name__ == '__main__':

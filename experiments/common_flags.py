@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -19,6 +20,7 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import NonFiniteError
 from jaxrl.training.optimizer import SCHEDULES, OptimizerConfig
+from jaxrl.training.preemption import Preempted
 
 FLAGS = flags.FLAGS
 
@@ -28,7 +30,8 @@ flags.DEFINE_string('model', None, 'Hugging Face folder to start from. Without i
                     'world (irpo), a new model (sft).')
 flags.DEFINE_integer('seed', 0, 'Seed of every random draw.', lower_bound=0,
                      upper_bound=2**32 - 1)
-flags.DEFINE_list('mesh', None, 'Devices as data,fsdp,tensor; default: all on fsdp.')
+flags.DEFINE_list('mesh', None, 'Devices as data,fsdp,tensor, and sequence where rows are '
+                  'split; default: all on fsdp.')
 flags.DEFINE_enum('compute_dtype', 'bfloat16', ['bfloat16', 'float32'],
                   'Type of matrix products; see --param_dtype for the parameters.')
 flags.DEFINE_enum('param_dtype', 'float32', ['float32', 'bfloat16'],
@@ -36,7 +39,7 @@ flags.DEFINE_enum('param_dtype', 'float32', ['float32', 'bfloat16'],
                   'small updates are then lost to rounding. Moments of Adam stay float32.')
 flags.DEFINE_enum('remat', 'attn', list(REMAT), 'What of each layer is kept for the backward pass; '
                   'the rest is computed again: all keeps everything, nothing the least.')
-flags.DEFINE_integer('logp_chunk', 512, 'Target positions whose logits exist at one time, per row.',
+flags.DEFINE_integer('logp_chunk', 512, 'Tokens per device whose logits exist at one time.',
                      lower_bound=1)
 flags.DEFINE_float('learning_rate', 7e-7, 'Peak learning rate.', lower_bound=0.0)
 flags.DEFINE_enum('schedule', 'constant', SCHEDULES, 'Learning rate after the warm-up.')
@@ -67,12 +70,13 @@ def mesh_from_flags() -> jax.sharding.Mesh:
   if FLAGS.mesh is None:
     return make_mesh()
   try:
-    data, fsdp, tensor = (int(size) for size in FLAGS.mesh)
+    data, fsdp, tensor, *rest = (int(size) for size in FLAGS.mesh)
+    (sequence,) = rest or (1,)
   except ValueError:
     raise InputError('the mesh cannot be read', where='--mesh',
-                     expected='three whole numbers data,fsdp,tensor',
+                     expected='whole numbers data,fsdp,tensor or data,fsdp,tensor,sequence',
                      found=','.join(FLAGS.mesh)) from None
-  return make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+  return make_mesh(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
 
 
 def compute_policy() -> ComputePolicy:
@@ -200,16 +204,21 @@ def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -
 
 
 def ends_with_sentence(function: Callable) -> Callable:
-  """The function, ending the process with status 2 on errors of the user's flags and files."""
+  """The function, ending the process with status 2 on errors of the user's flags and files.
+
+  A training that saved itself because it was asked to end leaves with status 143, as SIGTERM does.
+  """
 
   @functools.wraps(function)
   def guarded(*args):
     try:
       return function(*args)
     except (flags.Error, InputError, NonFiniteError) as error:
-      text = ' '.join(str(error).split()).removeprefix('ERROR:: ')
+      text, status = ' '.join(str(error).split()).removeprefix('ERROR:: '), 2
+    except Preempted as ended:
+      text, status = str(ended), 128 + signal.SIGTERM
     print(f'error: {text}', file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
   return guarded
 

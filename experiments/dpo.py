@@ -10,7 +10,6 @@ before and after. The trained model is iteration_01/model/ in the run folder.
 from __future__ import annotations
 
 import collections
-import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,8 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, dpo_flags, lora_flags, loss_flags, sft_flags
-from jaxrl.data.batches import (
-    LabelledRow,
-    Pair,
-    TokenRow,
-    labelled_arrays,
-    pair_arrays,
-    shuffled_batches,
-)
+from experiments import common_flags, dpo_flags, lora_flags, loss_flags, sft_flags, training_flags
+from jaxrl.data.batches import LabelledRow, Pair, TokenRow
 from jaxrl.data.preferences import read_labelled, read_preferences
 from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import mean_estimate, proportion
@@ -53,7 +45,7 @@ from jaxrl.training.optimizer import learning_rate_schedule
 from jaxrl.training.score import score_rows
 
 FLAGS = flags.FLAGS
-for module in (common_flags, dpo_flags, lora_flags, loss_flags):
+for module in (common_flags, dpo_flags, lora_flags, loss_flags, training_flags):
   flags.adopt_module_key_flags(module)
 
 ITERATION = 1                          # of the run folder; there is only one
@@ -275,10 +267,9 @@ def train_pairs(session: Session, start: epath.Path, config: loss_flags.LossConf
     both = token_rows(rows)
     pairs = [Pair(w, loser, [0.0] * len(w.response_ids), [0.0] * len(loser.response_ids))
              for w, loser in zip(both[::2], both[1::2], strict=True)]
-  batches = shuffled_batches(
-      pairs, batch_size=FLAGS.batch_size,
-      seed=session.stream_seed(ITERATION, sessions.TRAIN_STREAM),
-      collate=functools.partial(pair_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
+  batches = training_flags.batches(
+      session, 'pairs', pairs, iteration=ITERATION, steps=loop.steps, lengths=lengths,
+      stream=sessions.TRAIN_STREAM, batch_size=FLAGS.batch_size)
   trainer = make_trainer(objective, optimizer, FLAGS.micro_batches, adapted)
   train_stage(session, 'iteration_01/train', ITERATION, model, trainer, batches, loop,
               expected_first_loss=first_loss(config))
@@ -307,11 +298,9 @@ def train_labelled(session: Session, start: epath.Path, options: Mapping) -> Non
       LabelledRow(row, label, other, ref.tolist(), other_ref.tolist())
       for row, label, other, ref, other_ref in zip(
           rows, labels, others, logps[:len(rows)], logps[len(rows):], strict=True)]
-  batches = shuffled_batches(
-      training, batch_size=FLAGS.batch_size,
-      seed=session.stream_seed(ITERATION, sessions.TRAIN_STREAM),
-      collate=functools.partial(labelled_arrays, lengths=lengths,
-                                pad_id=session.tokenizer.pad_id))
+  batches = training_flags.batches(
+      session, 'labelled', training, iteration=ITERATION, steps=loop.steps, lengths=lengths,
+      stream=sessions.TRAIN_STREAM, batch_size=FLAGS.batch_size)
   trainer = make_trainer(objective, optimizer, FLAGS.micro_batches, adapted)
   train_stage(session, 'iteration_01/train', ITERATION, model, trainer, batches, loop)
 

@@ -7,7 +7,15 @@ import sys
 import jax
 from absl import flags
 
-from experiments import common_flags, data_flags, lora_flags, loss_flags, rounds_flags, sft_flags
+from experiments import (
+    common_flags,
+    data_flags,
+    lora_flags,
+    loss_flags,
+    rounds_flags,
+    sft_flags,
+    training_flags,
+)
 from jaxrl.errors import InputError
 from jaxrl.models.frozen import STORAGES
 from jaxrl.training.loop import LoopConfig, check_loop
@@ -17,7 +25,7 @@ LENDERS = (data_flags, rounds_flags, sft_flags)
 # What is used of the flags that belong to problems, to sampling methods and to fine-tuning.
 BORROWED = ('train', 'test', 'train_limit', 'test_limit', 'over_length', 'score_batch',
             'max_length')
-MODULES = (common_flags, lora_flags, loss_flags, *LENDERS, sys.modules[__name__])
+MODULES = (common_flags, lora_flags, loss_flags, training_flags, *LENDERS, sys.modules[__name__])
 
 flags.DEFINE_string('reference', None, 'Model folder of the reference; default: --model.')
 flags.DEFINE_enum('reference_storage', 'float32', STORAGES, 'Type that the weights of --reference '
@@ -30,7 +38,8 @@ for key in BORROWED:
 
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
-  idle = lora_flags.without_effect() | loss_flags.without_effect()
+  idle = (lora_flags.without_effect() | loss_flags.without_effect()
+          | training_flags.without_effect())
   for lender in LENDERS:
     idle |= {flag.name: 'it belongs to another experiment'
              for flag in FLAGS.get_flags_for_module(lender) if flag.name not in BORROWED}
@@ -77,7 +86,8 @@ def check() -> loss_flags.LossConfig:
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where rows do not divide over the devices of the mesh."""
   check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=mesh)
+             micro_batches=FLAGS.micro_batches, mesh=mesh,
+             packed=FLAGS.layout == 'packed')
   common_flags.check_multiple('score_batch', mesh)
 
 

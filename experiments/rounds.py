@@ -30,10 +30,11 @@ from experiments import (
     engine_flags,
     lora_flags,
     rounds_flags,
+    training_flags,
     world,
 )
 from experiments.rounds_flags import RoundsConfig
-from jaxrl.data.batches import Pair, pair_arrays, shuffled_batches
+from jaxrl.data.batches import Pair
 from jaxrl.errors import InputError
 from jaxrl.runs import session as sessions
 from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage, greedy_accuracy
@@ -55,7 +56,7 @@ from jaxrl.runs.train_stage import Trainer, make_trainer, train_stage
 from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.header import common_header
 from jaxrl.tokens.prompts import EncodedPrompt
-from jaxrl.training.loop import LoopConfig, check_loop
+from jaxrl.training.loop import LoopConfig
 from jaxrl.training.objectives import preference_objective
 
 FLAGS = flags.FLAGS
@@ -176,11 +177,9 @@ def train_next(made: Machinery, method: Method, t: int, model: Model, pairs: lis
 
 
 def _batches(made: Machinery, t: int, pairs: Sequence[Pair]) -> grain.MapDataset:
-  collate = functools.partial(
-      pair_arrays, lengths=made.lengths, pad_id=made.session.tokenizer.pad_id)
-  return shuffled_batches(
-      pairs, batch_size=FLAGS.batch_size, collate=collate,
-      seed=made.session.stream_seed(t, sessions.TRAIN_STREAM))
+  return training_flags.batches(
+      made.session, 'pairs', pairs, iteration=t, steps=_loop(made, pairs).steps + 1,
+      lengths=made.lengths, stream=sessions.TRAIN_STREAM, batch_size=FLAGS.batch_size)
 
 
 def _loop(made: Machinery, pairs: Sequence[Pair]) -> LoopConfig:
@@ -191,7 +190,7 @@ def _loop(made: Machinery, pairs: Sequence[Pair]) -> LoopConfig:
 
 
 def _first_loss(method: Method, batches: grain.MapDataset) -> float:
-  return method.first_loss * float(batches[0]['weights'].mean())
+  return method.first_loss * training_flags.mean_weight(batches[0])
 
 
 def _best_steps(
@@ -237,8 +236,7 @@ def iterate(
 ) -> None:
   """Every iteration, from the model folder `start`; `paths` names the problem files by split."""
   lengths = common_flags.length_buckets(rounds_flags.longest_row())
-  check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=session.mesh)
+  rounds_flags.check_devices(session.mesh)
   adapted = lora_flags.adapted(session.model)
   sets = read_problems(session, config, paths, labelled)
   engine = make_engine(

@@ -11,7 +11,14 @@ from types import ModuleType
 import jax
 from absl import flags
 
-from experiments import common_flags, data_flags, engine_flags, lora_flags, world
+from experiments import (
+    common_flags,
+    data_flags,
+    engine_flags,
+    lora_flags,
+    training_flags,
+    world,
+)
 from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.rewards.checking import AnswerRule
@@ -19,7 +26,8 @@ from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-MODULES = (common_flags, data_flags, engine_flags, lora_flags, world, sys.modules[__name__])
+MODULES = (common_flags, data_flags, engine_flags, lora_flags, training_flags, world,
+           sys.modules[__name__])
 
 flags.DEFINE_integer('iterations', 3, 'Iterations.', lower_bound=1)
 flags.DEFINE_integer('samples_per_prompt', 8, 'Responses drawn per training prompt (N).',
@@ -62,7 +70,7 @@ def parse(argv: list[str], world_flags: os.PathLike[str]) -> list[str]:
 
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
-  idle = lora_flags.without_effect()
+  idle = lora_flags.without_effect() | training_flags.without_effect()
   if FLAGS.model is None:
     own = ('train', 'test', 'prompt_field', 'answer_field', 'id_field', 'template')
     idle |= dict.fromkeys(own, 'the embedded world has its own problems')
@@ -134,9 +142,10 @@ def longest_row() -> int:
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where rows do not divide over the devices of the mesh."""
   check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=mesh)
+             micro_batches=FLAGS.micro_batches, mesh=mesh,
+             packed=FLAGS.layout == 'packed')
   common_flags.check_multiple('score_batch', mesh)
-  if FLAGS.model is None:
+  if FLAGS.model is None and FLAGS.layout == 'padded':
     common_flags.check_multiple('seed_batch_size', mesh)
 
 

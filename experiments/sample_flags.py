@@ -17,6 +17,7 @@ from experiments import (
     output_flag,
     rounds_flags,
     score_flags,
+    training_flags,
     world,
 )
 from jaxrl.data.tasks import Task
@@ -55,7 +56,7 @@ USED = ('model', 'adapter', 'seed', 'mesh', 'compute_dtype', 'logp_chunk', 'batc
         'length_buckets', 'over_length', 'task', 'prompt_field', 'id_field', 'template',
         'temperature', 'top_p', 'max_new_tokens', 'data', 'storage', 'system_in_user',
         'end_of_response')
-LENDERS = (common_flags, data_flags, lora_flags, rounds_flags, score_flags, world)
+LENDERS = (common_flags, data_flags, lora_flags, rounds_flags, score_flags, training_flags, world)
 # What says how tokens are drawn.
 DRAWING = ('n', 'temperature', 'top_p', 'top_k', 'min_p', 'max_new_tokens', 'min_new_tokens',
            'stop', 'stop_token_ids', 'logit_bias', 'ban', 'forced_prefix', 'repetition_penalty',

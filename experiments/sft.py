@@ -17,7 +17,6 @@ stopped.
 from __future__ import annotations
 
 import collections
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -27,8 +26,8 @@ import pyarrow as pa
 from absl import flags
 from etils import epath
 
-from experiments import common_flags, data_flags, lora_flags, sft_flags
-from jaxrl.data.batches import TokenRow, sequence_arrays, shuffled_batches
+from experiments import common_flags, data_flags, lora_flags, sft_flags, training_flags
+from jaxrl.data.batches import TokenRow
 from jaxrl.data.readers import Example, ExampleFields, read_examples, read_problems
 from jaxrl.errors import InputError
 from jaxrl.models.hugging_face import save_model
@@ -52,7 +51,7 @@ from jaxrl.training.optimizer import learning_rate_schedule
 from jaxrl.training.score import score_rows
 
 FLAGS = flags.FLAGS
-for module in (common_flags, data_flags, lora_flags, sft_flags):
+for module in (common_flags, data_flags, lora_flags, sft_flags, training_flags):
   flags.adopt_module_key_flags(module)
 
 _IDS = pa.list_(pa.int32())
@@ -231,9 +230,9 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
     return False
 
   held_out_stage('before', 0, start)
-  batches = shuffled_batches(
-      rows, batch_size=FLAGS.batch_size, seed=session.stream_seed(0, sessions.TRAIN_STREAM),
-      collate=functools.partial(sequence_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
+  batches = training_flags.batches(
+      session, 'sequences', rows, iteration=0, steps=loop.steps, lengths=lengths,
+      stream=sessions.TRAIN_STREAM, batch_size=FLAGS.batch_size)
   trainer = make_trainer(sft_objective(adapted or session.model, session.compute), optimizer,
                          FLAGS.micro_batches, adapted)
   train_stage(session, 'sft/train', 0, sessions.load_model(session, start), trainer, batches, loop,

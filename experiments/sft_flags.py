@@ -7,14 +7,14 @@ import sys
 import jax
 from absl import flags
 
-from experiments import common_flags, data_flags, lora_flags
+from experiments import common_flags, data_flags, lora_flags, training_flags
 from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-MODULES = (common_flags, data_flags, lora_flags, sys.modules[__name__])
+MODULES = (common_flags, data_flags, lora_flags, training_flags, sys.modules[__name__])
 
 flags.DEFINE_string('response_field', None,
                     'Field of the response; default: response, or else the last message.')
@@ -48,7 +48,8 @@ def parse(argv: list[str]) -> list[str]:
 
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
-  idle = lora_flags.without_effect() | {'check_timeout': 'no answers are checked'}
+  idle = (lora_flags.without_effect() | training_flags.without_effect()
+          | {'check_timeout': 'no answers are checked'})
   if FLAGS.test is None:
     idle |= dict.fromkeys(('test_limit', 'eval_every'), 'no --test')
   if FLAGS.task is None:
@@ -93,7 +94,8 @@ def check() -> None:
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where a batch does not divide over the devices of the mesh."""
   check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=mesh)
+             micro_batches=FLAGS.micro_batches, mesh=mesh,
+             packed=FLAGS.layout == 'packed')
 
 
 def new_config(vocab_size: int) -> ModelConfig:

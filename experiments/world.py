@@ -7,7 +7,6 @@ model trained on written-out solutions until its greedy accuracy on dev problems
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 
@@ -15,8 +14,8 @@ import jax
 from absl import flags
 from etils import epath
 
-from experiments import common_flags
-from jaxrl.data.batches import TokenRow, sequence_arrays, shuffled_batches
+from experiments import common_flags, training_flags
+from jaxrl.data.batches import TokenRow
 from jaxrl.data.world import SPLITS, STYLES, WorldProblem, problems
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
@@ -181,9 +180,9 @@ def seed_stage(
           fix=f'Raise --seed_max_steps, or lower --{accuracy} or --world_max_steps')
     return reached >= target
 
-  batches = shuffled_batches(
-      rows, batch_size=FLAGS.seed_batch_size, seed=session.stream_seed(0, TRAIN_STREAM),
-      collate=functools.partial(sequence_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
+  batches = training_flags.batches(
+      session, 'sequences', rows, iteration=0, steps=limit + 1, lengths=lengths,
+      stream=TRAIN_STREAM, batch_size=FLAGS.seed_batch_size)
   # One step past the limit: `stop` is asked at the limit, and ends or refuses there.
   train_stage(
       session, stage, 0, untrained, trainer, batches,

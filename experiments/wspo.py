@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -32,12 +31,13 @@ from experiments import (
   data_flags,
   engine_flags,
   lora_flags,
+  training_flags,
   world,
   wspo_flags,
   wspo_table,
   wspo_world,
 )
-from jaxrl.data.batches import TokenRow, WeakRow, shuffled_batches, weak_arrays
+from jaxrl.data.batches import TokenRow, WeakRow
 from jaxrl.data.preferences import RIGHT_FIELDS, read_preferences
 from jaxrl.data.readers import Example, read_examples, read_rows
 from jaxrl.errors import InputError
@@ -169,7 +169,8 @@ def responses_stage(session: Session, inputs: Inputs) -> list[dict]:
 
 def first_loss(batch: Mapping[str, np.ndarray]) -> float:
   """The loss where the policy is its reference: the mean of d_w^2 over the first batch."""
-  gap, mask = np.asarray(batch['weak_gap'], np.float64), np.asarray(batch['mask'])
+  gap, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ('weak_gap', 'mask'))
+  gap, mask = (x[mask.any(axis=1)] for x in (gap.astype(np.float64), mask))
   gap = np.where(mask, gap, 0.0)
   squared = gap.sum(axis=1) ** 2 if FLAGS.level == 'sequence' else (gap ** 2).sum(axis=1)
   return float((squared / mask.sum(axis=1)).mean())
@@ -242,10 +243,11 @@ def train_strong(session: Session, inputs: Inputs, options: Mapping, start: epat
       f'largest {worst["value"]:+.2f} at {worst["where"]}')
   model = sessions.load_model(session, start)
   references = logps_stage(session, 'reference_logps', model, responses)
-  batches = shuffled_batches(
-      [WeakRow(rows[n], references[n].tolist(), gaps[n].tolist()) for n in train],
-      batch_size=FLAGS.batch_size, seed=session.stream_seed(1, sessions.TRAIN_STREAM),
-      collate=functools.partial(weak_arrays, lengths=lengths, pad_id=session.tokenizer.pad_id))
+  batches = training_flags.batches(
+      session, 'weak', [
+          WeakRow(rows[n], references[n].tolist(), gaps[n].tolist()) for n in train],
+      iteration=1, steps=loop.steps, lengths=lengths, stream=sessions.TRAIN_STREAM,
+      batch_size=FLAGS.batch_size)
   trainer = make_trainer(objective, optimizer, FLAGS.micro_batches, adapted)
   train_stage(session, 'iteration_01/train', 1, model, trainer, batches, loop,
               expected_first_loss=first_loss(batches[0]))

@@ -15,6 +15,7 @@ from experiments import (
     lora_flags,
     rounds_flags,
     sft_flags,
+    training_flags,
     world,
 )
 from jaxrl.errors import InputError
@@ -22,7 +23,7 @@ from jaxrl.losses.wspo import LEVELS
 from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
-OWN = (common_flags, data_flags, engine_flags, lora_flags, world)
+OWN = (common_flags, data_flags, engine_flags, lora_flags, training_flags, world)
 LENDERS = (rounds_flags, sft_flags)
 MODULES = (*OWN, *LENDERS, sys.modules[__name__])
 WORLD_FLAGS = Path(__file__).parent / 'flags' / 'wspo_world.flags'
@@ -63,7 +64,7 @@ def parse(argv: list[str]) -> list[str]:
 
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
-  idle = lora_flags.without_effect()
+  idle = lora_flags.without_effect() | training_flags.without_effect()
   for lender in LENDERS:
     idle |= {flag.name: 'it belongs to another experiment'
              for flag in FLAGS.get_flags_for_module(lender) if flag.name not in BORROWED}
@@ -121,7 +122,8 @@ def check() -> dict[str, object]:
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where rows do not divide over the devices of the mesh."""
   check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=mesh)
+             micro_batches=FLAGS.micro_batches, mesh=mesh,
+             packed=FLAGS.layout == 'packed')
   common_flags.check_multiple('score_batch', mesh)
   if FLAGS.model is None:
     common_flags.check_multiple('seed_batch_size', mesh)

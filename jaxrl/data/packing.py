@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -115,14 +115,17 @@ def needed(units: Sequence[Unit], rows: int) -> Shape:
       max((len(r) for u in units for r in u.responses), default=0), len(units[0].responses))
 
 
-def packed_arrays(units: Sequence[Unit], shape: Shape, pad_id: int) -> Batch:
+def packed_arrays(
+    units: Sequence[Unit], shape: Shape, pad_id: int, *, picks: bool = True
+) -> Batch:
   """A batch of `shape`; names and dimensions:
 
   inputs, positions, prefix_start, prefix_end, start, end: int32 [B, T], the last four as indices
     into the row; a place that holds nothing has an `end` of 0.
-  picked, targets: int32 [B, M], the places that predict a response id, and those ids.
-  places: int32 [B, K, N, R], where each response id lies among the M; mask: bool, where there is
-    one; what `per_token` names: float32, as long. Without N where units have one response.
+  picked, targets: int32 [B, M], the places that predict a response id, and those ids. Without
+    `picks`, for rows that are split over devices, no `picked`, and targets of all T places.
+  places: int32 [B, K, N, R], where each response id lies among the M (or T); mask: bool, where
+    there is one; what `per_token` names: float32, as long. Without N where units have one response.
   What `per_unit` names: float32 [B, K].
 
   Raises:
@@ -163,6 +166,14 @@ def packed_arrays(units: Sequence[Unit], shape: Shape, pad_id: int) -> Batch:
       for name, value in unit.per_unit.items():
         out[name][row, number] = value
       place = start
+  if not picks:
+    picked, targets = out.pop('picked'), out.pop('targets')
+    out['targets'] = np.zeros((b, t), np.int32)
+    # Unused entries of `picked` name place 0, which an id may follow: they come first.
+    for row in range(b):
+      out['targets'][row, picked[row, ::-1]] = targets[row, ::-1]
+    out['places'] = np.where(
+        out['mask'], np.take_along_axis(picked, out['places'].reshape(b, -1), 1).reshape(each), 0)
   if n == 1:
     out = {name: x[:, :, 0] if x.ndim == 4 else x for name, x in out.items()}
   return tokens | out
@@ -206,38 +217,62 @@ def fitting_lengths(totals: Iterable[int], *, count: int, multiple: int) -> tupl
   return least[-1][1]
 
 
-def packed_batches(
-    rows: Sequence[Row], units: Callable[[Row], Unit | dict[str, Unit]], *, batch_size: int,
-    seed: int, steps: int, into: int, shapes: int, multiple: int, pad_id: int,
-) -> tuple[grain.MapDataset, tuple[dict[str, Shape], ...]]:
-  """The batches of `shuffled_batches` packed into `into` rows, and their at most `shapes` shapes.
+@dataclasses.dataclass(frozen=True)
+class Packed:
+  """Batches of packed rows.
 
-  Element k is a pure function of (rows, seed, k), for k below `steps`. Where `units` gives several
-  units of a row by name, each is packed for itself and its arrays begin with the name; the first
-  says how long rows are.
+  Attributes:
+    batches: element k, for k below the number of steps, is a pure function of (rows, seed, k).
+    shapes: by name of unit; a program is compiled for each.
+    filled: the share of all places that hold a token, over all batches.
+  """
+
+  batches: grain.MapDataset
+  shapes: tuple[dict[str, Shape], ...]
+  filled: float
+
+  def __str__(self) -> str:
+    sizes = ', '.join(f'{s.rows} x {s.length}' for each in self.shapes for s in each.values())
+    return f'packed batches of {sizes} tokens, {self.filled:.1%} of them filled'
+
+
+def pack_batches(
+    rows: Sequence[Row], units: Callable[[Row], Unit | dict[str, Unit]], *, batch_size: int,
+    seed: int, steps: int, into: int, shapes: int, multiple: int, pad_id: int, picks: bool = True,
+) -> Packed:
+  """The batches of `shuffled_batches` packed into `into` rows each, of at most `shapes` shapes.
+
+  Where `units` gives several units of a row by name, each is packed for itself and its arrays
+  begin with the name; the first says how long rows are.
   """
   made = [unit if isinstance(unit := units(row), dict) else {'': unit} for row in rows]
   names = tuple(made[0])
   order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat().batch(
       batch_size, batch_fn=list)
 
-  def least(numbers: Sequence[int], name: str = names[0]) -> Shape:
-    return needed([made[n][name] for n in numbers], into)
+  def least(numbers: Sequence[int]) -> dict[str, Shape]:
+    return {name: needed([made[n][name] for n in numbers], into) for name in names}
 
-  batches = [order[k] for k in range(steps)]
-  found: dict[int, dict[str, Shape]] = {}
-  lengths = fitting_lengths((least(b).length for b in batches), count=shapes, multiple=multiple)
-  for length in lengths:
-    fitting = [b for b in batches if _smallest(least(b).length, lengths) == length]
-    found[length] = {
-        name: _covering([least(b, name) for b in fitting], multiple) for name in names}
+  all_least = [least(order[k]) for k in range(steps)]
+  lengths = fitting_lengths(
+      (s[names[0]].length for s in all_least), count=shapes, multiple=multiple)
+  fitting: dict[int, list[dict[str, Shape]]] = {length: [] for length in lengths}
+  for shape in all_least:
+    fitting[_smallest(shape[names[0]].length, lengths)].append(shape)
+  found = {
+      length: {name: _covering([s[name] for s in group], multiple) for name in names}
+      for length, group in fitting.items()}
 
   def pack(numbers: Sequence[int]) -> Batch:
-    shape = found[_smallest(least(numbers).length, lengths)]
+    shape = found[_smallest(least(numbers)[names[0]].length, lengths)]
     return {f'{name}{key}': x for name in names for key, x in packed_arrays(
-        [made[n][name] for n in numbers], shape[name], pad_id).items()}
+        [made[n][name] for n in numbers], shape[name], pad_id, picks=picks).items()}
 
-  return order.map(pack), tuple(found.values())
+  size = [sum(unit.size for unit in each.values()) for each in made]
+  held = sum(size[n] for k in range(steps) for n in order[k])
+  places = sum(len(group) * into * s.length for length, group in fitting.items()
+               for s in found[length].values())
+  return Packed(order.map(pack), tuple(found.values()), held / places)
 
 
 def _covering(shapes: Sequence[Shape], multiple: int) -> Shape:
@@ -250,8 +285,3 @@ def _covering(shapes: Sequence[Shape], multiple: int) -> Shape:
 
 def _smallest(total: int, lengths: Sequence[int]) -> int:
   return next(length for length in lengths if length >= total)
-
-
-def fill(batch: Mapping[str, Any]) -> float:
-  """The share of a packed batch's places that hold a token."""
-  return float(np.mean(np.asarray(batch['end']) > 0))

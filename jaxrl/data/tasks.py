@@ -1,7 +1,8 @@
 """Tasks: where question and gold answer stand in a row, and the prompt that is asked.
 
 `gsm8k`, `arc` and `math` ask as in Pang et al. 2024 (iterative reasoning preference optimization):
-zero-shot for the first two, four fixed worked examples for `math`. `world` is the embedded world.
+zero-shot for the first two, four fixed worked examples for `math`. `zebralogic` asks for a table
+in JSON after one worked example (`grid_rows.py`). `world` is the embedded world.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+from jaxrl.data.grid_rows import grid_template, read_grid
 from jaxrl.data.rows import Row, check_text, describe, get_field
 from jaxrl.errors import InputError
 
@@ -77,21 +79,24 @@ Solution:""".replace('\\\n', '')   # a raw string keeps the marks of continued l
 class Task:
   """How rows of one data set become a prompt and a gold answer.
 
-  `gold` takes the answer field to the gold answer; `gold_solution` takes it to a worked solution in
-  the style that the prompt asks for, or is None where the data has none. `choices_field` names the
-  options of multiple choice, which become part of the question. `id_required` is set when the user
-  names the id field; else rows without it get the file's stem and their row number.
+  `gold` takes the answer field to the gold answer, where that is no table; `gold_solution` takes it
+  to a worked solution in the style that the prompt asks for, or is None where the data has none.
+  `choices_field` names the options of multiple choice, which become part of the question. Of kind
+  `grid` the answer field holds a table: its cells are the labels, and the form to fill in becomes
+  part of the question.
+  `marker` is None where no line is marked. `id_required` is set when the user names the id field;
+  else rows without it get the file's stem and their row number.
   """
 
   name: str
   prompt_field: str
   answer_field: str
   template: str
-  answer_kind: Literal['number', 'math', 'choice']
+  answer_kind: Literal['number', 'math', 'choice', 'grid']
   gold: Callable[[Any, str], str]
   gold_solution: Callable[[Any], str | None] | None = None
   choices_field: str | None = None
-  marker: str = MARKER
+  marker: str | None = MARKER
   id_field: str = 'id'
   id_required: bool = False
 
@@ -182,9 +187,15 @@ def read_answer(
 ) -> tuple[str, str | None, tuple[str, ...] | None, str]:
   """Gold answer, gold solution or None, labels or None, and the options as lines ('' if none).
 
+  Of a grid the labels are its cells, and the lines the form of the answer.
+
   With `keep_missing` a null or empty gold answer is '', which no checker can parse; with
   `keep_unreadable` an absent or malformed one is as well.
   """
+  if task.answer_kind == 'grid':
+    gold, cells, form = read_grid(
+        row, task.answer_field, keep_blank=keep_missing or keep_unreadable)
+    return gold, None, cells, form
   where = f'{row.where}, field {task.answer_field!r}'
   value = row.fields.get(task.answer_field, UNSET)
   is_missing = value is None or (isinstance(value, str) and not value.strip())
@@ -224,6 +235,8 @@ TASKS: dict[str, Task] = {
     'arc': Task('arc', 'question', 'answerKey', ARC_TEMPLATE, 'choice', choice_gold,
                 choices_field='choices'),
     'world': Task('world', 'question', 'answer', QUESTION, 'number', plain_gold),
+    'zebralogic': Task('zebralogic', 'puzzle', 'solution', grid_template(QUESTION), 'grid',
+                       plain_gold, marker=None),
 }
 
 

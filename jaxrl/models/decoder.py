@@ -22,6 +22,7 @@ from jaxrl.parallel.sharding import (
     GATHERED,
     contract,
     gather_length,
+    if_it_divides,
     look_up,
     mean_with_other_parts,
     on_parts,
@@ -184,7 +185,7 @@ def _top(params: Params, name: str, names: tuple[str | None, ...], c: ModelConfi
 
 def _embed(params: Params, tokens: jax.Array, c: ModelConfig, dtype) -> jax.Array:
   """[B, T, D]; the factor is rounded to the compute dtype first, as Gemma was trained."""
-  table = _top(params, 'embedding', ('vocab', None), c, dtype)
+  table = _top(params, 'embedding', (None, None), c, dtype)
   x = look_up(table, tokens, c.vocab_size, 'batch', 'length', 'embed')
   return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, x.dtype)
 
@@ -308,11 +309,11 @@ def forward_cached(
 
 
 def output_matrix(params: Params, c: ModelConfig) -> jax.Array:
-  """[D, V]; the embedding transposed where the two are tied."""
-  dtype = compute_dtype(params)
+  """[D, V], its columns over the tensor axis; the embedding transposed where the two are tied."""
+  dtype, columns = compute_dtype(params), if_it_divides('vocab', c.vocab_size, GATHERED)
   if c.tie_embeddings:
-    return _top(params, 'embedding', ('vocab', None), c, dtype).T
-  return _top(params, 'head', (None, 'vocab'), c, dtype)
+    return _top(params, 'embedding', (columns, None), c, dtype).T
+  return _top(params, 'head', (None, columns), c, dtype)
 
 
 def logits(params: Params, hidden: jax.Array, c: ModelConfig) -> jax.Array:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 from jaxrl.errors import InputError
 from jaxrl.parallel.sharding import ROLLOUT_AXES
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'sequence', 'tensor')
 
 
 def make_mesh(
@@ -18,35 +19,46 @@ def make_mesh(
     data: int = 1,
     fsdp: int | None = None,
     tensor: int = 1,
+    sequence: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> jax.sharding.Mesh:
-  """A mesh with axes ('data', 'fsdp', 'tensor'), all Explicit.
+  """A mesh with axes ('data', 'fsdp', 'sequence', 'tensor'), all Explicit.
 
   Args:
     data: replicas of the parameters.
     fsdp: devices that share one copy of the parameters; None takes all that remain.
     tensor: devices that share each matrix product by heads and mlp columns.
+    sequence: devices that share each row, for rows too long for one; also split the parameters.
     devices: defaults to `jax.devices()`.
 
   Raises:
     InputError: the sizes do not multiply to the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  if data < 1 or tensor < 1 or (fsdp is not None and fsdp < 1):
+  if data < 1 or tensor < 1 or sequence < 1 or (fsdp is not None and fsdp < 1):
     raise InputError(
         'mesh sizes must be positive', where='mesh',
-        found=f'data={data}, fsdp={fsdp}, tensor={tensor}',
-        fix='Use --mesh=data,fsdp,tensor with positive whole numbers')
+        found=f'data={data}, fsdp={fsdp}, tensor={tensor}, sequence={sequence}',
+        fix='Use --mesh=data,fsdp,tensor,sequence with positive whole numbers')
   if fsdp is None:
-    fsdp = max(len(devices) // (data * tensor), 1)
-  if data * fsdp * tensor != len(devices):
+    fsdp = max(len(devices) // (data * tensor * sequence), 1)
+  product = data * fsdp * tensor * sequence
+  if product != len(devices):
     raise InputError(
         'the mesh does not use every device once', where='mesh',
-        expected=f'data * fsdp * tensor = {len(devices)} devices',
-        found=f'{data} * {fsdp} * {tensor} = {data * fsdp * tensor}',
+        expected=f'data * fsdp * tensor * sequence = {len(devices)} devices',
+        found=f'{data} * {fsdp} * {tensor} * {sequence} = {product}',
         fix='Change --mesh, or leave it out to put all devices on fsdp')
   explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=explicit, devices=devices)
+  # Sizes that are no product of the sides of a torus split one of its sides.
+  placed = mesh_utils.create_device_mesh(
+      (data, fsdp, sequence, tensor), devices, allow_split_physical_axes=True)
+  return jax.sharding.Mesh(placed, AXES, axis_types=explicit)
+
+
+def ways(mesh: jax.sharding.Mesh) -> int:
+  """How many parts the rows of a batch are split into."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def rollout_mesh(mesh: jax.sharding.Mesh, tensor: int | None = None) -> jax.sharding.Mesh:

@@ -7,6 +7,7 @@ the scan, into the GATHERED layout; the transpose of that gather is the reduce-s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -18,17 +19,17 @@ ROLLOUT_AXES = ('data', 'tensor')
 
 STORED: Rules = {
     'layers': None,
-    'embed': 'fsdp',
+    'embed': ('fsdp', 'sequence'),
     'heads': 'tensor',
     'kv': 'tensor',
     'mlp': 'tensor',
     'experts': None,
     'vocab': None,
 }
-GATHERED: Rules = {**STORED, 'embed': None}
+GATHERED: Rules = {**STORED, 'embed': None, 'vocab': 'tensor'}
 ACTIVATION: Rules = {
     'batch': ('data', 'fsdp'),
-    'length': None,
+    'length': 'sequence',
     'embed': None,
     'heads': 'tensor',
     'kv': 'tensor',
@@ -187,8 +188,22 @@ def per_row(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array
 
 
 def gather_length(x: jax.Array) -> jax.Array:
-  """The whole length [B, T, ...] of what the devices of the sequence axis hold parts of."""
-  return x
+  """The whole length [B, T, ...] of what the devices of the sequence axis hold parts of.
+
+  For use inside `on_parts`; the gradient goes back to the device that holds the part.
+  """
+  if jax.sharding.get_abstract_mesh().shape.get('sequence', 1) == 1:
+    return x
+  return jax.lax.all_gather(x, 'sequence', axis=1, tiled=True)
+
+
+def if_it_divides(name: str, size: int, rules: Rules) -> str | None:
+  """The name, where a dimension of this size divides over its mesh axes; else None: not split."""
+  if not _explicit_mesh():
+    return name
+  axes, mesh = rules[name] or (), jax.sharding.get_abstract_mesh()
+  axes = (axes,) if isinstance(axes, str) else axes
+  return name if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def stored(mesh: jax.sharding.Mesh, names: tuple[str | None, ...]) -> NamedSharding:

@@ -20,10 +20,11 @@ from jaxrl.rewards.extraction import (
     extract_number,
     marked_math,
 )
+from jaxrl.rewards.grids import canonical_grid, extract_grid, grid_values
 
 GSM8K_GOLD = '####'
 
-Kind = Literal['number', 'math', 'choice']
+Kind = Literal['number', 'math', 'choice', 'grid']
 Layout = Literal['text', 'json']
 
 
@@ -73,8 +74,11 @@ class AnswerRule:
     )
     _require(self.marker is None or self.marker.strip(), 'marker', 'some text', self.marker)
     if self.layout == 'json':
-      _require(self.kind != 'choice', 'layout', "'text' with kind='choice'", self.layout)
+      _require(self.kind in ('number', 'math'), 'layout', f"'text' with kind={self.kind!r}",
+               self.layout)
       _require(self.marker is None, 'marker', "None with layout='json'", self.marker)
+    elif self.kind == 'grid':
+      _require(self.marker is None, 'marker', "None with kind='grid'", self.marker)
     elif self.kind != 'math':
       _require(self.marker is not None, 'marker', f'some text with kind={self.kind!r}', None)
     if self.kind != 'number' or self.layout == 'json':
@@ -101,7 +105,7 @@ def canonical_gold(rule: AnswerRule, gold_text: str) -> str | None:
 
   number: the line after '####' or after the rule's marker, else a bare answer holding exactly one
   number ('$1,234', '3/4 cups', '12 + 6 = 18'). math: the last box of a solution, else bare LaTeX.
-  choice: a letter or digit, alone or in parentheses.
+  choice: a letter or digit, alone or in parentheses. grid: JSON rows of values.
   """
   if rule.kind == 'number':
     for marker in (GSM8K_GOLD, rule.marker):
@@ -111,6 +115,8 @@ def canonical_gold(rule: AnswerRule, gold_text: str) -> str | None:
   if rule.kind == 'math':
     latex = _gold_latex(gold_text)
     return None if latex is None else canonical_math(latex, rule.strict_fractions)
+  if rule.kind == 'grid':
+    return canonical_grid(gold_text)
   label = choice_letter(gold_text.strip().strip('().:'))
   return label if label in ('A', 'B', 'C', 'D', 'E') else None
 
@@ -118,7 +124,18 @@ def canonical_gold(rule: AnswerRule, gold_text: str) -> str | None:
 def extract_answer(
     rule: AnswerRule, response: str, labels: Sequence[str] | None = None
 ) -> str | None:
-  """Canonical answer of one response, or None; `labels` are the options of a choice item."""
+  """Canonical answer of one response, or None.
+
+  `labels` are the options of a choice item or the cells of a grid ('House 1/Name').
+
+  Raises:
+    InputError: a grid without its cells.
+  """
+  if rule.kind == 'grid':
+    if labels is None:
+      raise InputError('a table cannot be read without the names of its cells',
+                       where='extract_answer', expected='labels', found='none')
+    return extract_grid(response, labels)
   if rule.kind == 'math':
     latex = _response_latex(rule, response)
     return None if latex is None else canonical_math(latex, rule.strict_fractions)
@@ -143,10 +160,12 @@ def check_answers(
     rule: what counts as an answer.
     responses: what the model wrote.
     golds: gold texts as `canonical_gold` takes them; None is an unparseable gold.
-    labels: kind='choice': the options of each response's item; None allows A to E.
+    labels: kind='choice': the options of each response's item; None allows A to E. kind='grid':
+      the cells of each response's puzzle, which are always needed.
 
   Raises:
-    InputError: the lengths differ, or the symbolic checker is wanted and cannot be started.
+    InputError: the lengths differ, a grid has no labels, or the symbolic checker is wanted and
+      cannot be started.
   """
   for name, column in (('golds', golds), ('labels', labels)):
     if column is not None and len(column) != len(responses):
@@ -160,7 +179,7 @@ def check_answers(
     options = None if labels is None else labels[i]
     answer = extract_answer(rule, response, options)
     gold = None if gold_text is None else canonical_gold(rule, gold_text)
-    if options is not None and gold not in [choice_letter(label) for label in options]:
+    if options is not None and gold is not None and not _is_possible(rule, gold, options):
       gold = None
     if gold is None:
       verdict = Verdict.UNPARSEABLE_GOLD
@@ -184,6 +203,13 @@ def check_answers(
   for i, question in undecided.items():
     checks[i] = Check(checks[i].answer, decided[question])
   return checks
+
+
+def _is_possible(rule: AnswerRule, gold: str, labels: Sequence[str]) -> bool:
+  """Whether a gold answer is one that the item's labels allow."""
+  if rule.kind == 'grid':
+    return len(grid_values(gold)) == len(labels)
+  return gold in [choice_letter(label) for label in labels]
 
 
 def _gold_latex(gold_text: str) -> str | None:

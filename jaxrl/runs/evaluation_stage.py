@@ -10,6 +10,7 @@ from etils import epath
 
 from jaxrl.data.readers import Problem
 from jaxrl.evaluation.accuracy import majority_correct
+from jaxrl.evaluation.grid_accuracy import grid_accuracy
 from jaxrl.evaluation.statistics import proportion
 from jaxrl.rewards.checking import AnswerRule, Verdict
 from jaxrl.runs import tables
@@ -64,6 +65,9 @@ def evaluation_stage(
         ]
     tables.write_table(scratch / 'evaluation.parquet', rows, tables.EVALUATION)
     summary = summarise(rows)
+    if test.rule.kind == 'grid':
+      summary |= grid_accuracy([row for row in rows if row['kind'] == 'greedy'],
+                               {p.prompt_id: p.labels or () for p in test.problems.values()})
     session.record(iteration, 'evaluate', summary | {
         'perf/compiled_programs': session.programs(), 'perf/peak_memory_bytes': peak_memory()})
     return summary

@@ -23,7 +23,7 @@ def check_rows(
   of_row = [problems[row['prompt_id']] for row in rows]
   checks = check_answers(
       rule, [row['response'] for row in rows], [p.gold for p in of_row],
-      [p.labels or () for p in of_row] if rule.kind == 'choice' else None)
+      [p.labels or () for p in of_row] if rule.kind in ('choice', 'grid') else None)
   gold = {p.prompt_id: canonical_gold(rule, p.gold) for p in problems.values()}
   return [
       {'prompt_id': row['prompt_id'], 'sample_index': row['sample_index'],

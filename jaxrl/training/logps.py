@@ -29,7 +29,7 @@ class ComputePolicy:
   """
 
   dtype: str = 'bfloat16'     # of matrix products; parameters stay float32
-  chunk: int = 512            # target positions whose logits exist at one time, per row
+  chunk: int = 512            # tokens of a device whose logits exist at one time
   remat: str = 'attn'         # what of a layer is kept for the backward pass, of `decoder.REMAT`
 
   def __post_init__(self):
@@ -86,7 +86,9 @@ def _scored(
   if 'places' in batch:
     layout = Layout(batch['positions'], Spans(*(batch[f.name] for f in dataclasses.fields(Spans))))
     hidden = forward(params, batch['inputs'], c, layout=layout, remat=policy.remat)
-    hidden = per_row(lambda h, n: jnp.take_along_axis(h, n[..., None], 1), hidden, batch['picked'])
+    if 'picked' in batch:
+      hidden = per_row(lambda h, n: jnp.take_along_axis(h, n[..., None], 1), hidden,
+                       batch['picked'])
     targets, places = batch['targets'], batch['places']
 
     def finish(x):            # [B, M] -> [B K, ..., R]
@@ -102,9 +104,9 @@ def _scored(
       return x.reshape(shape)
 
   head = output_matrix(params, c)
-  options = {'chunk': policy.chunk, 'softcap': c.final_softcap}
-  logps = finish(token_logp(hidden, head, targets, **options))
+  logps = finish(token_logp(
+      hidden, head, targets, chunk=policy.chunk, softcap=c.final_softcap))
   if not collisions:
     return logps, None
-  hidden, head = jax.lax.stop_gradient((hidden, head))
-  return logps, finish(log_collision(hidden, head, **options))
+  return logps, finish(log_collision(
+      hidden, head, chunk=policy.chunk, softcap=c.final_softcap))

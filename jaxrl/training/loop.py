@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -15,9 +15,13 @@ from etils import epath
 from jaxrl.errors import InputError
 from jaxrl.losses.mean import Mean
 from jaxrl.parallel.host_memory import to_device, to_host
+from jaxrl.parallel.mesh import ways
 from jaxrl.parallel.sharding import batch_sharding
-from jaxrl.training import checkpoint
+from jaxrl.training.checkpoint import Checkpoints
+from jaxrl.training.preemption import Notice, Preempted
 from jaxrl.training.step import TrainState
+from jaxrl.training.step_log import NonFiniteError as NonFiniteError  # callers import it here
+from jaxrl.training.step_log import StepLog, Watch
 
 # (state, batch, learning rate) -> (state, metrics)
 Step = Callable[
@@ -30,10 +34,8 @@ class LoopConfig:
   log_every: int = 10
   save_every: int = 100
   steps_per_epoch: float | None = None   # logs `epoch` where given
-
-
-class NonFiniteError(RuntimeError):
-  """The loss or a gradient stopped being a number; no parameter was changed by that step."""
+  keep: int = 2                          # checkpoints: the newest ones, and
+  keep_every: int | None = None          # those of every step that is a multiple of this
 
 
 def train(
@@ -50,6 +52,7 @@ def train(
     on_step: Callable[[], None] = lambda: None,
     stop: Callable[[int, TrainState], bool] = lambda step, state: False,
     parks_optimizer: bool = False,
+    watch: Watch | None = None,
     warn: Callable[[str], None] = print,
 ) -> TrainState:
   """Runs to `config.steps`; batch k is `batches[k]`, so a restart goes on with the same bits.
@@ -58,108 +61,116 @@ def train(
   numbers)` receives means over the steps since the last log; numbers of the clock are named
   `perf/...`. `on_resume(step)` is called once with the step that was restored (0 for a new start).
   `stop(step, state)` is asked at every checkpoint, again after a restart from it; True ends there.
-  With `parks_optimizer` the optimizer's state is in the memory of the host meanwhile.
+  With `parks_optimizer` the optimizer's state is in the memory of the host meanwhile. `watch` says
+  what becomes of a step that is not finite, and what is logged besides its metrics.
+
+  States are written while the next steps run. On SIGTERM the state after the step in flight is
+  saved as well, with what was gathered for the next log, and a restart goes on from it.
 
   Raises:
     NonFiniteError: naming the step and the rows of its batch.
+    Preempted: after SIGTERM, when the state is saved.
+    InputError: a checkpoint could not be written; raised at the next save or at the end.
   """
-  restored = checkpoint.restore_latest(checkpoints, state, warn=warn)
-  start = 0
-  if restored is not None:
-    start, state = restored
-  on_resume(start)
+
+  def is_saved(step: int) -> str:
+    return f'the run was asked to end; step {step} of {config.steps} is saved'
 
   def ends(step: int, state: TrainState) -> tuple[bool, TrainState]:
-    if not parks_optimizer:
-      return stop(step, state), state
-    parked = dataclasses.replace(state, opt_state=to_host(state.opt_state))
-    ended = stop(step, parked)
-    back = to_device(parked.opt_state, like=state.opt_state)
-    return ended, dataclasses.replace(state, opt_state=back)
+    with notice.may_leave(is_saved(step)):
+      if not parks_optimizer:
+        return stop(step, state), state
+      parked = dataclasses.replace(state, opt_state=to_host(state.opt_state))
+      ended = stop(step, parked)
+      back = to_device(parked.opt_state, like=state.opt_state)
+      return ended, dataclasses.replace(state, opt_state=back)
 
-  if start:
-    ended, state = ends(start, state)
-    if ended:
-      return state
-  logger = _Logger(on_log, config, learning_rate)
-  previous = None
-  for step in range(start, config.steps):
-    batch = put_batch(batches[step], mesh)
-    state, metrics = step_fn(state, batch, np.float32(learning_rate(step)))
-    if previous is not None:
-      logger.add(*previous)
-      on_step()
-    previous = (step + 1, metrics, batch)
-    if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+  saved = Checkpoints(checkpoints, keep=config.keep, keep_every=config.keep_every, warn=warn)
+  with saved, Notice() as notice:
+    restored = saved.restore(state)
+    start = 0
+    if restored is not None:
+      start, state = restored
+    on_resume(start)
+    if _is_regular_save(start, config):
+      ended, state = ends(start, state)
+      if ended:
+        return state
+    if notice.due_for_any():
+      raise Preempted(f'the run was asked to end before step {start + 1}')
+    logger = StepLog(on_log, learning_rate, steps=config.steps, log_every=config.log_every,
+                     steps_per_epoch=config.steps_per_epoch, watch=watch or Watch(), warn=warn)
+    if restored is not None:
+      _go_on_gathering(logger, saved.notes(start))
+    previous = None
+    for step in range(start, config.steps):
+      with logger.timed('batch'):
+        batch = put_batch(batches[step], mesh)
+      with logger.timed('dispatch'):
+        state, metrics = step_fn(state, batch, np.float32(learning_rate(step)))
+      if previous is not None:
+        logger.add(*previous)
+        on_step()
+      previous = (step + 1, metrics, batch)
+      preempted, regular = notice.due(), _is_regular_save(step + 1, config)
+      if not (preempted or regular or step + 1 == config.steps):
+        continue
       logger.add(*previous)     # a state is saved only after its metrics were seen to be finite
       on_step()
       previous = None
-      checkpoint.save(checkpoints, step + 1, state)
-      ended, state = ends(step + 1, state)
-      if ended:
-        return state
-  if previous is not None:
-    logger.add(*previous)
-    on_step()
-  return state
+      preempted = preempted or notice.due_for_any()
+      if preempted or regular:
+        saved.save(step + 1, state, _gathered(logger))
+      if preempted:
+        saved.wait()
+        raise Preempted(is_saved(step + 1))
+      if regular:
+        ended, state = ends(step + 1, state)
+        if ended:
+          return state
+    return state
+
+
+def _is_regular_save(step: int, config: LoopConfig) -> bool:
+  """A step whose state every run saves and looks at; others are saved where a run was cut."""
+  return 0 < step < config.steps and step % config.save_every == 0
+
+
+def _gathered(logger: StepLog) -> dict[str, Any]:
+  """What the next log line will be made of, as JSON: its window may begin before this save."""
+  steps = [{name: [float(m.total), float(m.count)] for name, m in metrics.items()}
+           for metrics in logger.seen]
+  return {'steps': steps, 'seconds': time.perf_counter() - logger.since}
+
+
+def _go_on_gathering(logger: StepLog, notes: Mapping[str, Any]) -> None:
+  # What a log holds has left the device: numbers of numpy in place of arrays.
+  logger.seen = [
+      {name: Mean(np.float32(total), np.float32(count))   # type: ignore[arg-type]
+       for name, (total, count) in metrics.items()} for metrics in notes['steps']]
+  logger.since = time.perf_counter() - notes['seconds']
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Rows over the data and fsdp axes of the mesh."""
-  return {key: jax.device_put(x, batch_sharding(mesh, x.ndim)) for key, x in batch.items()}
 
+  def place(x: np.ndarray) -> jax.Array:
+    # Every process has the whole batch and hands over the rows of its own devices.
+    return jax.make_array_from_callback(
+        x.shape, batch_sharding(mesh, x.ndim), lambda index: x[index])
 
-@dataclasses.dataclass
-class _Logger:
-  """Gathers metrics between logs; saves fall on log boundaries, so windows survive a restart."""
-
-  on_log: Callable[[int, dict[str, float]], None]
-  config: LoopConfig
-  learning_rate: Callable[[int], float]
-  seen: list[dict[str, Mean]] = dataclasses.field(default_factory=list)
-  since: float = dataclasses.field(default_factory=time.perf_counter)
-
-  def add(self, step: int, metrics: dict[str, Mean], batch: Mapping[str, Any]) -> None:
-    metrics = jax.device_get(metrics)
-    if metrics.pop('nonfinite').total > 0:
-      raise NonFiniteError(
-          f'step {step}: the loss is {float(metrics["loss"].total)} and the gradient norm '
-          f'{float(metrics["grad_norm"].total)}; the step was not applied. Batch {step - 1} held '
-          f'{batch["mask"].shape[0]} rows; lower --learning_rate or inspect those rows.')
-    self.seen.append(metrics)
-    if step % self.config.log_every and step != self.config.steps:
-      return
-    numbers = mean_metrics(self.seen)
-    now = time.perf_counter()
-    tokens = sum(float(m['num_tokens'].total) for m in self.seen)
-    numbers['num_tokens'] = tokens
-    if self.config.steps_per_epoch is not None:
-      numbers['epoch'] = step / self.config.steps_per_epoch
-    numbers['learning_rate'] = float(self.learning_rate(step - 1))
-    numbers['perf/seconds_per_step'] = (now - self.since) / len(self.seen)
-    numbers['perf/tokens_per_second'] = tokens / max(now - self.since, 1e-9)
-    self.on_log(step, numbers)
-    self.seen, self.since = [], now
-
-
-def mean_metrics(seen: Sequence[Mapping[str, Mean]]) -> dict[str, float]:
-  """Totals over counts, both summed over the steps first."""
-  names = sorted(seen[0])
-  return {
-      name: float(sum(float(m[name].total) for m in seen)
-                  / max(sum(float(m[name].count) for m in seen), 1e-30))
-      for name in names
-  }
+  return {key: place(x) for key, x in batch.items()}
 
 
 def check_loop(
-    config: LoopConfig, *, batch_size: int, micro_batches: int, mesh: jax.sharding.Mesh
+    config: LoopConfig, *, batch_size: int, micro_batches: int, mesh: jax.sharding.Mesh,
+    packed: bool = False,
 ) -> None:
   """Refuses loops that could not run or could not resume exactly.
 
   Raises:
-    InputError: no steps, rows that do not divide over micro-batches and devices, or saves that
-      fall between logs.
+    InputError: no steps, rows that do not divide over micro-batches and devices, saves that
+      fall between logs, or kept steps that are never saved.
   """
   if config.steps < 1:
     raise InputError('there is nothing to train', where='--steps', expected='at least 1',
@@ -168,8 +179,21 @@ def check_loop(
     raise InputError('saves must fall on logs, so that a restart logs the same windows',
                      where='--save_every', expected=f'a multiple of --log_every={config.log_every}',
                      found=config.save_every)
-  ways = mesh.shape['data'] * mesh.shape['fsdp'] * micro_batches
-  if batch_size % ways:
+  if config.keep < 1:
+    raise InputError('a run could not go on without a checkpoint', where='--keep',
+                     expected='at least 1', found=config.keep)
+  if config.keep_every is not None and (
+      config.keep_every < 1 or config.keep_every % config.save_every):
+    raise InputError('there would be no checkpoint of these steps to keep', where='--keep_every',
+                     expected=f'a multiple of --save_every={config.save_every}',
+                     found=config.keep_every)
+  parts = ways(mesh) * micro_batches
+  if packed and batch_size < parts:
+    raise InputError(
+        'some devices would have nothing to do', where='--batch_size',
+        expected=f'at least {parts} (data * fsdp devices * micro-batches)', found=batch_size)
+  if not packed and batch_size % parts:
     raise InputError(
         'the batch does not divide', where='--batch_size',
-        expected=f'a multiple of {ways} (data * fsdp devices * micro-batches)', found=batch_size)
+        expected=f'a multiple of {parts} (data * fsdp devices * micro-batches), or --layout=packed',
+        found=batch_size)

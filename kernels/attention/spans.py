@@ -41,6 +41,11 @@ def windowed(spans: Spans, window: int | jax.Array) -> Spans:
       jnp.maximum(spans.start, spans.end - window), spans.end)
 
 
+def clipped(spans: Spans, keys: int) -> Spans:
+  """The same keys, of which there are `keys`, by bounds that lie between 0 and `keys`."""
+  return jax.tree.map(lambda x: jnp.clip(x, 0, keys), spans)
+
+
 def visible(spans: Spans, keys: int) -> jax.Array:
   """The mask [B, T, keys] that the intervals stand for."""
   j = jnp.arange(keys, dtype=jnp.int32)[None, None]

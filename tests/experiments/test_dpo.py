@@ -187,7 +187,8 @@ def test_the_expected_first_loss_is_that_of_equal_policies(name):
     (('--loss=simpo', '--reference=x'), 'no effect'), (('--reference_storage=int8',), 'no effect'),
     (('--temperature=1',), 'no effect'), (('--max_length=5',), 'too long'),
     (('--reference_sync_steps=2', '--lora_rank=2'), 'copy of the model'),
-    (('--train=/nowhere.jsonl',), 'nowhere'), (('--batch_size=3',), 'divide')])
+    (('--train=/nowhere.jsonl',), 'nowhere'), (('--batch_size=3',), 'nothing to do'),
+    (('--batch_size=12', '--layout=padded'), 'divide')])
 def test_bad_flags_end_with_one_sentence(files, more, words, tmp_path):
   ended = run(*arguments(files, 'bad', *more), f'--run_dir={tmp_path / "run"}')
   assert ended.status == 2 and words in ended.stderr, ended.stderr

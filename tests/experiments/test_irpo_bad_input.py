@@ -113,7 +113,7 @@ CASES = {
     'mesh of words': (nothing, ['--mesh=a,b,c'], '--mesh: .*three whole numbers'),
     'mesh too small': (nothing, ['--mesh=1,3,1'], 'mesh: .*= 8 devices'),
     'mesh does not divide': (nothing, ['--mesh=1,2,4'], '--mesh: the model cannot be split'),
-    'batch': (nothing, ['--batch_size=12'], '--batch_size: .*a multiple of 8'),
+    'batch': (nothing, ['--batch_size=12', '--layout=padded'], '--batch_size: .*a multiple of 8'),
     'micro-batches': (nothing, ['--micro_batches=3'], '--batch_size: .*a multiple of 24'),
     'score batch': (nothing, ['--score_batch=12'], '--score_batch: .*a multiple of 8'),
     'slots': (nothing, ['--slots=9'], '--slots: .*multiple of 8'),

@@ -15,6 +15,7 @@ from experiments import (
     lora_flags,
     nll_flags,
     rounds_flags,
+    training_flags,
     world,
 )
 from jaxrl.errors import InputError
@@ -35,9 +36,11 @@ IDLE = [
     ('--gold_in_winners=always', ()),
     ('--gold_in_winners=if_empty', (*MODEL, '--task=math')),
     ('--gold_in_winners=always', (*MODEL, '--task=arc')),
+    ('--gold_in_winners=always', (*MODEL, '--task=zebralogic')),
     ('--check_timeout=3', ()),
     ('--check_timeout=3', MODEL),
     ('--check_timeout=3', (*MODEL, '--task=arc')),
+    ('--check_timeout=3', (*MODEL, '--task=zebralogic')),
     ('--vote_temperature=0.5', ('--votes=0',)),
     ('--vote_temperature=0.8', ('--votes=0',)),         # the default, said aloud
     ('--nll_reduction=token', ('--nll_alpha=0',)),
@@ -59,7 +62,8 @@ ALWAYS = {
     'run_dir', 'model', 'seed', 'mesh', 'compute_dtype', 'param_dtype', 'remat', 'logp_chunk',
     'learning_rate',
     'schedule', 'warmup_steps', 'weight_decay', 'clip_norm', 'adam_b1', 'adam_b2', 'batch_size',
-    'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every',
+    'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every', 'layout',
+    'pack_shapes', 'pack_multiple',
     'train_limit', 'test_limit', 'over_length', 'iterations', 'samples_per_prompt', 'temperature',
     'top_p', 'max_new_tokens', 'max_prompt_length', 'pairs_per_prompt', 'max_pairs', 'beta',
     'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'cadence',
@@ -74,6 +78,7 @@ WORKS = [
     ('--max_pairs=5', '--temperature=0.7,0.9', '--iterations=2'),
     MODEL,
     (*MODEL, '--task=math', '--check_timeout=2'),
+    (*MODEL, '--task=zebralogic', '--votes=16'),
     (*MODEL, '--gold_in_winners=always', '--samples_per_prompt=1'),
     (*MODEL, '--votes=1', '--vote_temperature=0'),
     (*MODEL, '--task=arc', '--template=Q: {question}', '--id_field=n', '--answer_field=a'),
@@ -214,5 +219,6 @@ def test_other_errors_keep_their_traceback():
 def test_modules_hold_all_flags():
   assert set(irpo_flags.MODULES) == {
       common_flags, data_flags, engine_flags, irpo_flags, lora_flags, nll_flags, rounds_flags,
+      training_flags,
       world}
   assert all(not isinstance(f.value, float) or math.isfinite(f.value) for f in EVERY_FLAG.values())

@@ -144,15 +144,16 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_ends_with_the_same_bits(run_folder, inputs, tmp_path, monkeypatch):
-  saves, save = [], checkpoint.save
+  saves, save = [], checkpoint.Checkpoints.save
 
-  def save_and_die(folder, step, state, **options):
-    save(folder, step, state, **options)
-    saves.append((sum(x.size for x in jax.tree.leaves(state.params)), folder.parent.name))
+  def save_and_die(self, step, state, *rest):
+    save(self, step, state, *rest)
+    self.wait()
+    saves.append((sum(x.size for x in jax.tree.leaves(state.params)), self._folder.parent.name))
     if len(saves) == 3:
       raise Killed
 
-  monkeypatch.setattr(checkpoint, 'save', save_and_die)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', save_and_die)
   with pytest.raises(Killed):
     start(monkeypatch, tmp_path / 'run', inputs)
   monkeypatch.undo()

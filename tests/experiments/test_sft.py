@@ -103,7 +103,7 @@ BAD = [
     (('--train=A', '--learning_rate=0'), '--learning_rate', 'nothing would be learned'),
     (('--train=A', '--learning_rate=nan'), '--learning_rate', 'no number'),
     (('--train=A', '--max_steps=5', '--warmup_steps=5'), '--warmup_steps', 'warm-up'),
-    (('--train=A', '--batch_size=9'), '--batch_size', 'a multiple of 8'),
+    (('--train=A', '--batch_size=9', '--layout=padded'), '--batch_size', 'a multiple of 8'),
     (('--train=A', '--d_model=20', '--heads=4'), '--d_model', 'a multiple of 2 * --heads=8'),
     (('--train=A', '--heads=4', '--kv_heads=3'), '--kv_heads', 'a divisor'),
     (('--train=A', '--vocab_size=200'), '--vocab_size', '261'),
@@ -217,19 +217,19 @@ class Killed(BaseException):
 
 def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path, monkeypatch):
   """Killed after the last checkpoint and the look that belongs to it."""
-  log, save, saved = sft.log_held_out, checkpoint.save, []
+  log, save, saved = sft.log_held_out, checkpoint.Checkpoints.save, []
 
   def log_and_die(session, step, numbers):
     log(session, step, numbers)
     if step == 4:
       raise Killed
 
-  def save_and_tell(folder, step, state, **options):
+  def save_and_tell(self, step, *rest):
     saved.append(step)
-    save(folder, step, state, **options)
+    save(self, step, *rest)
 
   arguments = (f'--run_dir={tmp_path / "run"}', *trained.arguments)
-  monkeypatch.setattr(checkpoint, 'save', save_and_tell)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', save_and_tell)
   with monkeypatch.context() as patch, pytest.raises(Killed):
     patch.setattr(sft, 'log_held_out', log_and_die)
     run(*arguments)

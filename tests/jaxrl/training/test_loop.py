@@ -1,6 +1,7 @@
 """The loop: killed anywhere it ends with the same bits and the same log; nan stops it."""
 
 import functools
+import signal
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training import checkpoint
 from jaxrl.training.loop import LoopConfig, NonFiniteError, check_loop, put_batch, train
 from jaxrl.training.optimizer import learning_rate_schedule
+from jaxrl.training.preemption import Preempted
 from tests import tiny_training as tiny
 
 STEPS, LOOP = 5, LoopConfig(steps=5, log_every=2, save_every=2)
@@ -50,14 +52,15 @@ class Run:
     self.resumed.append(step)
     self.log = {n: numbers for n, numbers in self.log.items() if n <= step}
 
-  def save(self, folder, step, state):
+  def save(self, checkpoints, step, state, notes):
     self.reach('before save', step)
-    SAVE(folder, step, state)
+    SAVE(checkpoints, step, state, notes)
     self.reach('after save', step)
 
   def __call__(self, monkeypatch, **more):
     """Numpy final state; starts again after a kill."""
-    monkeypatch.setattr(checkpoint, 'save', self.save)
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, 'save', lambda *args: self.save(*args))
     rate = learning_rate_schedule(tiny.OPTIMIZER, STEPS)
     try:
       with jax.set_mesh(self.mesh):
@@ -70,7 +73,7 @@ class Run:
     return jax.tree.map(np.asarray, state)
 
 
-SAVE = checkpoint.save
+SAVE = checkpoint.Checkpoints.save
 
 
 @functools.cache
@@ -192,10 +195,10 @@ def test_a_full_disk_stops_the_run_and_a_later_one_goes_on(whole, tmp_path, monk
   run = Run(tmp_path)
   save = run.save
 
-  def refuse(folder, step, state):
+  def refuse(checkpoints, step, state, notes):
     if step == 4:
-      raise InputError('the checkpoint could not be written', where=folder)
-    save(folder, step, state)
+      raise InputError('the checkpoint could not be written', where=run.folder)
+    save(checkpoints, step, state, notes)
 
   run.save = refuse
   with pytest.raises(InputError):
@@ -203,6 +206,99 @@ def test_a_full_disk_stops_the_run_and_a_later_one_goes_on(whole, tmp_path, monk
   run.save = save
   assert_same_bits(run(monkeypatch), run, whole)
   assert run.resumed == [0, 2]
+
+
+def terminated(run, monkeypatch, **more):
+  """The run after SIGTERM, which must end by Preempted; what it had read by then."""
+  with pytest.raises(Preempted) as caught:
+    run(monkeypatch, **more)
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  return str(caught.value)
+
+
+class Terminating(Run):
+  """Gets SIGTERM at the named moment, once."""
+
+  def reach(self, moment, step):
+    if self.kill == (moment, step):
+      self.kill = None
+      signal.raise_signal(signal.SIGTERM)
+
+
+SAVED = {**{('batch', n): n + 1 for n in range(STEPS)}, ('before log', 2): 2, ('after log', 4): 4,
+         ('before log', 5): 5, ('after log', 5): 5, ('after save', 2): 2, ('before save', 4): 4}
+
+
+@pytest.mark.parametrize('moment', SAVED, ids=lambda m: f'{m[0]} {m[1]}')
+def test_sigterm_saves_the_step_in_flight_and_the_window_of_the_log(
+    whole, tmp_path, monkeypatch, moment):
+  run = Terminating(tmp_path, kill=moment)
+  message = terminated(run, monkeypatch)
+  assert message == f'the run was asked to end; step {SAVED[moment]} of 5 is saved'
+  assert run.read == list(range(SAVED[moment])), 'no step after the one in flight'
+  state = run(monkeypatch)
+  assert run.resumed == [0, SAVED[moment]] and run.read == list(range(STEPS))
+  assert_same_bits(state, run, whole)
+
+
+def test_sigterm_after_sigterm(whole, tmp_path, monkeypatch):
+  run = Terminating(tmp_path)
+  for step in range(STEPS):
+    run.kill = ('batch', step)
+    terminated(run, monkeypatch)
+  assert_same_bits(run(monkeypatch), run, whole)
+  assert run.resumed == list(range(STEPS + 1)) and run.read == list(range(STEPS))
+
+
+def test_sigterm_while_the_run_is_looked_at_ends_the_look(whole, tmp_path, monkeypatch):
+  asked = []
+
+  def stop(step, state):
+    asked.append(step)
+    if len(asked) == 2:
+      signal.raise_signal(signal.SIGTERM)
+      raise AssertionError('the look went on')
+    return False
+
+  run = Run(tmp_path)
+  assert 'step 4 of 5 is saved' in terminated(run, monkeypatch, stop=stop)
+  assert_same_bits(run(monkeypatch, stop=stop), run, whole)
+  assert asked == [2, 4, 4], 'what was not looked at to the end is looked at again'
+
+
+def test_a_step_that_only_sigterm_saved_is_not_looked_at(whole, tmp_path, monkeypatch):
+  asked = []
+  run = Terminating(tmp_path, kill=('batch', 2))
+  look = lambda step, state: asked.append(step)  # noqa: E731
+  terminated(run, monkeypatch, stop=look)
+  assert_same_bits(run(monkeypatch, stop=look), run, whole)
+  assert asked == [2, 4]
+
+
+def test_sigterm_before_the_first_step_saves_nothing(tmp_path, monkeypatch):
+  run = Run(tmp_path)
+  run.on_resume = lambda step: signal.raise_signal(signal.SIGTERM)
+  assert terminated(run, monkeypatch) == 'the run was asked to end before step 1'
+  assert run.read == [] and not checkpoint.checkpoints(run.folder)
+
+
+def test_a_run_goes_on_with_other_devices(tmp_path, monkeypatch):
+  """From one device to four: the same numbers up to rounding."""
+  loop = LoopConfig(steps=3, log_every=1, save_every=2)
+  one = Run(tmp_path, loop=loop)
+  expected = one(monkeypatch)
+  four = Run(tmp_path, loop=loop, mesh=make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4]))
+  found = four(monkeypatch)
+  assert four.resumed == [2] and list(four.log) == [3]
+  assert four.log[3]['loss'] == pytest.approx(one.log[3]['loss'], rel=1e-5)
+  for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_how_many_checkpoints_are_kept(tmp_path, monkeypatch):
+  run = Run(tmp_path, loop=LoopConfig(steps=STEPS, log_every=1, save_every=1, keep=1, keep_every=2))
+  run(monkeypatch)
+  assert [p.name[-1] for p in checkpoint.checkpoints(run.folder)] == ['2', '4']
 
 
 def poisoned():
@@ -247,6 +343,9 @@ def test_batches_are_spread_over_the_devices():
     (LoopConfig(0), 16, 1, '--steps: .*at least 1; found 0'),
     (LoopConfig(5, 0, 4), 16, 1, '--save_every'),
     (LoopConfig(5, 3, 4), 16, 1, '--save_every: .*multiple of --log_every=3; found 4'),
+    (LoopConfig(5, 2, 4, keep=0), 16, 1, '--keep: .*at least 1; found 0'),
+    (LoopConfig(5, 2, 4, keep_every=6), 16, 1,
+     '--keep_every: .*multiple of --save_every=4; found 6'),
     (LoopConfig(5, 2, 4), 12, 1, '--batch_size: .*multiple of 8 .*found 12'),
     (LoopConfig(5, 2, 4), 16, 4, '--batch_size: .*multiple of 32 .*found 16'),
 ])

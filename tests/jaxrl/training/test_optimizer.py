@@ -109,6 +109,58 @@ def test_gradients_are_clipped_by_their_global_norm(scale, clip_norm, expected):
       rtol=1e-5)
 
 
+def test_adafactor_takes_the_steps_of_optax():
+  """Of its own recipe, with an absolute learning rate."""
+  rng = np.random.default_rng(0)
+  ours = theirs = {'matrix': jnp.asarray(rng.normal(size=(3, 128, 256)), jnp.float32),
+                   'norm': jnp.ones(7)}
+  tx = make_optimizer(OptimizerConfig(1.0, optimizer='adafactor', clip_norm=None))
+  reference = optax.adafactor(0.01, multiply_by_parameter_scale=False)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def both(ours, theirs, state, reference_state, grads):
+    directions, state = tx.update(grads, state, ours)
+    updates, reference_state = reference.update(grads, reference_state, theirs)
+    ours = optax.apply_updates(ours, jax.tree.map(lambda d: -0.01 * d, directions))
+    return ours, optax.apply_updates(theirs, updates), state, reference_state
+
+  state, reference_state = tx.init(ours), reference.init(theirs)
+  for step in range(4):
+    before = ours
+    ours, theirs, state, reference_state = both(
+        ours, theirs, state, reference_state, gradients(ours, step))
+    for name in ours:
+      np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6, atol=1e-7)
+      assert not np.array_equal(ours[name], before[name])
+
+
+def test_a_bfloat16_first_moment_is_that_of_optax():
+  params, tx = random_params(), make_optimizer(
+      OptimizerConfig(1.0, clip_norm=None, moment_dtype='bfloat16'))
+  reference = optax.scale_by_adam(b1=0.9, b2=0.95, mu_dtype=jnp.bfloat16)
+  grads = gradients(params, 0)
+  directions, (state,) = tx.update(grads, tx.init(params), params)
+  expected, expected_state = reference.update(grads, reference.init(params), params)
+  jax.tree.map(np.testing.assert_array_equal, (directions, state), (expected, expected_state))
+  assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.dtype('bfloat16')}
+  assert {x.dtype for x in jax.tree.leaves(state.nu)} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'optimizer': 'sgd'}, '--optimizer: .*adamw, adafactor, adamw8bit; found sgd'),
+    ({'moment_dtype': 'float16'}, '--moment_dtype: .*float32, bfloat16; found float16'),
+    ({'optimizer': 'adamw8bit', 'moment_dtype': 'bfloat16'},
+     '--moment_dtype: .*--optimizer=adamw; found adamw8bit'),
+    ({'optimizer': 'adafactor', 'b1': 0.8}, '--adam_b1: .*adamw or adamw8bit; found adafactor'),
+    ({'optimizer': 'adafactor', 'b2': 0.8}, '--adam_b2: .*does not apply'),
+    ({'moment_block': 64}, '--moment_block: .*--optimizer=adamw8bit; found adamw'),
+    ({'optimizer': 'adamw8bit', 'moment_block': 0}, '--moment_block: .*at least 1; found 0'),
+])
+def test_optimizers_that_cannot_be(options, message):
+  with pytest.raises(InputError, match=message):
+    make_optimizer(OptimizerConfig(1.0, **options))
+
+
 @pytest.mark.parametrize(('config', 'message'), [
     (OptimizerConfig(1.0, 'exponential'), '--schedule: .*constant, linear, cosine; found exp'),
     (OptimizerConfig(1.0, warmup_steps=10), '--warmup_steps: .*fewer than the 10 .*found 10'),

@@ -1,0 +1,200 @@
+"""What steps say of themselves: means over the steps between two logs, and steps that failed."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl.errors import InputError
+from jaxrl.losses.mean import Mean
+
+NONFINITE = ('stop', 'skip')
+_NAMED_ROWS = 8             # of a batch, in one sentence
+
+
+class NonFiniteError(RuntimeError):
+  """The loss or a gradient stopped being a number; no parameter was changed by that step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """What is made of steps that are not finite, and what the log can say besides their metrics.
+
+  Attributes:
+    on_nonfinite: 'stop' raises at the first such step, 'skip' goes on without it.
+    max_skips: steps skipped in a row; one more raises. Only with 'skip'.
+    names_of: k -> names of the rows of batch k, for the sentence that names the bad ones.
+    flops_of: k -> (causal, full) model FLOPs of a step on batch k; see `models/flops.py`.
+    peak_tflops: of one device, at the compute dtype; without it no utilisation is logged.
+    devices: how many share the step.
+    programs: how many programs this process has compiled.
+  """
+
+  on_nonfinite: str = 'stop'
+  max_skips: int = 3
+  names_of: Callable[[int], Sequence[str]] | None = None
+  flops_of: Callable[[int], tuple[float, float]] | None = None
+  peak_tflops: float | None = None
+  devices: int = 1
+  programs: Callable[[], int] | None = None
+
+  def __post_init__(self):
+    if self.on_nonfinite not in NONFINITE:
+      raise InputError('unknown policy', where='--on_nonfinite',
+                       expected=f'one of {", ".join(NONFINITE)}', found=self.on_nonfinite)
+    if self.max_skips < 1:
+      raise InputError('no step could be skipped', where='--max_skips', expected='at least 1',
+                       found=self.max_skips, fix='Use --on_nonfinite=stop')
+
+
+@dataclasses.dataclass
+class StepLog:
+  """Gathers metrics between logs; saves fall on log boundaries, so windows survive a restart.
+
+  `seen` holds the window's metrics and nothing else does: with it and `since` another log goes on.
+  """
+
+  on_log: Callable[[int, dict[str, float]], None]
+  learning_rate: Callable[[int], float]
+  steps: int
+  log_every: int = 10
+  steps_per_epoch: float | None = None
+  watch: Watch = Watch()
+  warn: Callable[[str], None] = print
+  seen: list[dict[str, Mean]] = dataclasses.field(default_factory=list)
+  since: float = dataclasses.field(default_factory=time.perf_counter)
+  # Seconds of the window by what they were spent on, and how many steps were timed.
+  _spent: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  _timed: int = 0
+  _dispatched: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
+  _ready: float = 0.0
+
+  @contextlib.contextmanager
+  def timed(self, what: str) -> Iterator[None]:
+    """Counts the seconds inside: 'batch', waiting for data, or 'dispatch', handing over a step."""
+    start = time.perf_counter()
+    yield
+    now = time.perf_counter()
+    self._spent[what] += now - start
+    if what == 'dispatch':
+      self._dispatched.append(now)
+
+  def add(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+    """Waits for the metrics of `step` (counted from 1), and logs where a window ends.
+
+    Raises:
+      NonFiniteError: naming the step and the rows of its batch.
+    """
+    metrics = dict(jax.device_get(metrics))
+    self._time_device()
+    row_finite = metrics.pop('row_finite', None)
+    in_a_row = int(metrics.pop('skipped_in_a_row').total)
+    if metrics.pop('nonfinite').total > 0:
+      sentence = self._nonfinite(step, metrics, row_finite, batch['mask'].shape[0])
+      if self.watch.on_nonfinite == 'stop':
+        raise NonFiniteError(f'{sentence} Lower --learning_rate or inspect those rows.')
+      if in_a_row > self.watch.max_skips:
+        raise NonFiniteError(
+            f'{sentence} {in_a_row} steps in a row were not finite, and --max_skips is '
+            f'{self.watch.max_skips}. Lower --learning_rate or inspect those rows.')
+      self.warn(sentence)
+      metrics = {name: metrics[name] for name in ('num_tokens', 'padding')}
+    if self.watch.on_nonfinite == 'skip':
+      metrics['skipped_steps'] = Mean(np.float32(in_a_row > 0), np.float32(1))
+    self.seen.append(metrics)
+    if step % self.log_every and step != self.steps:
+      return
+    now = time.perf_counter()
+    self.on_log(step, self._numbers(step, max(now - self.since, 1e-9)))
+    self.seen, self.since, self._timed = [], now, 0
+    self._spent.clear()
+
+  def _numbers(self, step: int, seconds: float) -> dict[str, float]:
+    numbers = mean_metrics(self.seen)
+
+    def total(name: str) -> float:
+      return sum(float(m[name].total) for m in self.seen)
+
+    numbers['num_tokens'] = total('num_tokens')
+    if self.watch.on_nonfinite == 'skip':
+      numbers['skipped_steps'] = total('skipped_steps')
+    if self.steps_per_epoch is not None:
+      numbers['epoch'] = step / self.steps_per_epoch
+    numbers['learning_rate'] = float(self.learning_rate(step - 1))
+    numbers['perf/seconds_per_step'] = seconds / len(self.seen)
+    numbers['perf/tokens_per_second'] = numbers['num_tokens'] / seconds
+    positions = sum(float(m['padding'].count) for m in self.seen)
+    numbers['perf/input_tokens_per_second'] = (positions - total('padding')) / seconds
+    numbers |= {f'perf/{what}_seconds': spent / max(self._timed, 1)
+                for what, spent in sorted(self._spent.items())}
+    if self.watch.flops_of is not None and self.watch.peak_tflops is not None:
+      flops = [self.watch.flops_of(k) for k in range(step - len(self.seen), step)]
+      peak = self.watch.peak_tflops * 1e12 * self.watch.devices * seconds
+      numbers['perf/mfu_causal'] = sum(causal for causal, _ in flops) / peak
+      numbers['perf/mfu_full'] = sum(full for _, full in flops) / peak
+    if self.watch.programs is not None:
+      numbers['perf/compiled_programs'] = self.watch.programs()
+    numbers['perf/peak_memory_bytes'] = peak_bytes()
+    return numbers
+
+  def _time_device(self) -> None:
+    """Adds the time from when a step could start, handed over and the one before ready, to now."""
+    ready = time.perf_counter()
+    if self._dispatched:
+      self._spent['device'] += ready - max(self._dispatched.popleft(), self._ready)
+      self._timed += 1
+    self._ready = ready
+
+  def _nonfinite(
+      self, step: int, metrics: Mapping[str, Mean], row_finite: np.ndarray | None, rows: int
+  ) -> str:
+    sentence = (
+        f'step {step}: the loss is {float(metrics["loss"].total)} and the gradient norm '
+        f'{float(metrics["grad_norm"].total)}; the step was not applied. '
+        f'Batch {step - 1} held {rows} rows')
+    if row_finite is None:
+      return f'{sentence}.'
+    bad = np.flatnonzero(~row_finite).tolist()
+    if not bad:
+      return f'{sentence}, each with a finite loss: it was the gradient that overflowed.'
+    names = None if self.watch.names_of is None else self.watch.names_of(step - 1)
+    named = [f'{n}' if names is None else f'{n} ({names[n]})' for n in bad[:_NAMED_ROWS]]
+    more = f' and {len(bad) - _NAMED_ROWS} more' if len(bad) > _NAMED_ROWS else ''
+    return f'{sentence}, of which the loss is not finite on: {", ".join(named)}{more}.'
+
+
+def mean_metrics(seen: Sequence[Mapping[str, Mean]]) -> dict[str, float]:
+  """Totals over counts, both summed over the steps that have them first.
+
+  A ratio whose count, an estimate, came out negative is infinite: more than can be told.
+  """
+  numbers = {}
+  for name in sorted({name for m in seen for name in m}):
+    means = [m[name] for m in seen if name in m]
+    count = sum(float(mean.count) for mean in means)
+    total = sum(float(mean.total) for mean in means)
+    numbers[name] = math.inf if count < 0 else total / max(count, 1e-30)
+  return numbers
+
+
+def peak_bytes() -> int:
+  """Most memory in use at one time so far: of the fullest local device, or of this process.
+
+  Devices that keep no statistics (CPU) compute in the memory of the process.
+  """
+  known = [stats['peak_bytes_in_use'] for stats in (d.memory_stats() for d in jax.local_devices())
+           if stats and 'peak_bytes_in_use' in stats]
+  if known:
+    return max(known)
+  kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return kilobytes if sys.platform == 'darwin' else 1024 * kilobytes
