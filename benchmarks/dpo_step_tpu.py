@@ -69,7 +69,8 @@ def batch_shapes(case: Case, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtyp
         'mask': array(jnp.bool_, p, 2, t), 'ref_logps': array(jnp.float32, p, 2, t),
         'weights': array(jnp.float32, p)}
   places = (p, 1, 2, t)
-  return {name: array(jnp.int32, p, 2 * t) for name in ('inputs', 'positions', *SPANS, 'targets')} | {
+  names = ('inputs', 'positions', *SPANS, 'targets')
+  return {name: array(jnp.int32, p, 2 * t) for name in names} | {
       'places': array(jnp.int32, *places), 'mask': array(jnp.bool_, *places),
       'ref_logps': array(jnp.float32, *places), 'weights': array(jnp.float32, p, 1)}
 

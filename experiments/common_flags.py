@@ -16,10 +16,11 @@ from absl import app, flags, logging
 
 from jaxrl.errors import InputError
 from jaxrl.models.decoder import REMAT
+from jaxrl.parallel import hosts
 from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import NonFiniteError
-from jaxrl.training.optimizer import SCHEDULES, OptimizerConfig
+from jaxrl.training.optimizer import MOMENT_DTYPES, OPTIMIZERS, SCHEDULES, OptimizerConfig
 from jaxrl.training.preemption import Preempted
 
 FLAGS = flags.FLAGS
@@ -46,6 +47,11 @@ flags.DEFINE_enum('schedule', 'constant', SCHEDULES, 'Learning rate after the wa
 flags.DEFINE_integer('warmup_steps', 0, 'Steps of linear warm-up.', lower_bound=0)
 flags.DEFINE_float('weight_decay', 0.0, 'AdamW weight decay on matrices.', lower_bound=0.0)
 flags.DEFINE_float('clip_norm', 1.0, 'Largest global gradient norm.', lower_bound=0.0)
+flags.DEFINE_enum('optimizer', 'adamw', OPTIMIZERS, 'adamw8bit keeps moments in 8 bits, adafactor '
+                  'only rows and columns of them; see docs/optimizers.md.')
+flags.DEFINE_enum('moment_dtype', 'float32', MOMENT_DTYPES, 'Type of the first moment of adamw.')
+flags.DEFINE_integer('moment_block', 256, 'Values that share a scale, of adamw8bit.',
+                     lower_bound=1)
 flags.DEFINE_float('adam_b1', 0.9, 'Adam decay of the mean.', lower_bound=0.0, upper_bound=1.0)
 flags.DEFINE_float('adam_b2', 0.95, 'Adam decay of the square.', lower_bound=0.0, upper_bound=1.0)
 flags.DEFINE_integer('batch_size', 16, 'Rows (pairs, or examples) per optimizer step.',
@@ -94,7 +100,8 @@ def optimizer_config() -> OptimizerConfig:
   return OptimizerConfig(
       learning_rate=FLAGS.learning_rate, schedule=FLAGS.schedule, warmup_steps=FLAGS.warmup_steps,
       b1=FLAGS.adam_b1, b2=FLAGS.adam_b2, weight_decay=FLAGS.weight_decay,
-      clip_norm=FLAGS.clip_norm or None)
+      clip_norm=FLAGS.clip_norm or None, optimizer=FLAGS.optimizer,
+      moment_dtype=FLAGS.moment_dtype, moment_block=FLAGS.moment_block)
 
 
 def length_buckets(longest: int) -> tuple[int, ...]:
@@ -199,7 +206,11 @@ def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -
       logging.set_verbosity(logging.WARNING)   # libraries log every file they touch at INFO
     main(argv)
 
-  app.run(ends_with_sentence(quiet), flags_parser=ends_with_sentence(
+  def in_processes(argv):
+    with hosts.start(hosts.config_from_environment()):
+      ends_with_sentence(quiet)(argv)
+
+  app.run(ends_with_sentence(in_processes), flags_parser=ends_with_sentence(
       lambda argv: only_flags((parser or FLAGS)(argv))))
 
 

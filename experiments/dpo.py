@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import json
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -36,10 +35,9 @@ from jaxrl.runs.progress import Progress
 from jaxrl.runs.reference_stage import read_pairs, reference_stage, token_rows, training_pairs
 from jaxrl.runs.report import write_report
 from jaxrl.runs.session import Model, Session
-from jaxrl.runs.train_stage import make_trainer, train_stage
+from jaxrl.runs.train_stage import train_stage
 from jaxrl.tokens.prompts import Prompt, prompt_ids
 from jaxrl.tokens.tokenizer import response_ids
-from jaxrl.training.loop import LoopConfig
 from jaxrl.training.objectives import kto_objective, mixed_objective
 from jaxrl.training.optimizer import learning_rate_schedule
 from jaxrl.training.score import score_rows
@@ -229,12 +227,6 @@ def load_reference(session: Session, model: Model) -> Model:
   return sessions.load_reference(session, epath.Path(FLAGS.reference), FLAGS.reference_storage)
 
 
-def loop_config(rows: int) -> LoopConfig:
-  steps = math.ceil(FLAGS.epochs * rows / FLAGS.batch_size)
-  return LoopConfig(min(steps, FLAGS.max_steps or steps), FLAGS.log_every, FLAGS.save_every,
-                    steps_per_epoch=rows / FLAGS.batch_size)
-
-
 def train_pairs(session: Session, start: epath.Path, config: loss_flags.LossConfig) -> None:
   """Pairs, reference, training, and what it did to held-out pairs."""
   counts = pairs_stage(session)
@@ -245,7 +237,7 @@ def train_pairs(session: Session, start: epath.Path, config: loss_flags.LossConf
   lengths = common_flags.length_buckets(max(
       len(row['prompt_ids']) + max(len(row['chosen_ids']), len(row['rejected_ids']))
       for row in [*rows, *held_out]))
-  loop = loop_config(len(rows))
+  loop = training_flags.loop_config(len(rows), FLAGS.epochs, FLAGS.max_steps)
   optimizer = common_flags.optimizer_config()
   learning_rate_schedule(optimizer, loop.steps)   # a warm-up that is too long is refused here
   adapted = lora_flags.adapted(session.model)
@@ -270,7 +262,7 @@ def train_pairs(session: Session, start: epath.Path, config: loss_flags.LossConf
   batches = training_flags.batches(
       session, 'pairs', pairs, iteration=ITERATION, steps=loop.steps, lengths=lengths,
       stream=sessions.TRAIN_STREAM, batch_size=FLAGS.batch_size)
-  trainer = make_trainer(objective, optimizer, FLAGS.micro_batches, adapted)
+  trainer = training_flags.trainer(objective, optimizer, adapted)
   train_stage(session, 'iteration_01/train', ITERATION, model, trainer, batches, loop,
               expected_first_loss=first_loss(config))
   if held_out:
@@ -285,7 +277,7 @@ def train_labelled(session: Session, start: epath.Path, options: Mapping) -> Non
   session.progress.line(f'{FLAGS.train}: ' + ', '.join(f'{k} {v}' for k, v in counts.items()))
   others = mismatched(rows, FLAGS.batch_size)
   lengths = common_flags.length_buckets(max(len(row) for row in [*rows, *others]))
-  loop = loop_config(len(rows))
+  loop = training_flags.loop_config(len(rows), FLAGS.epochs, FLAGS.max_steps)
   optimizer = common_flags.optimizer_config()
   learning_rate_schedule(optimizer, loop.steps)
   adapted = lora_flags.adapted(session.model)
@@ -301,7 +293,7 @@ def train_labelled(session: Session, start: epath.Path, options: Mapping) -> Non
   batches = training_flags.batches(
       session, 'labelled', training, iteration=ITERATION, steps=loop.steps, lengths=lengths,
       stream=sessions.TRAIN_STREAM, batch_size=FLAGS.batch_size)
-  trainer = make_trainer(objective, optimizer, FLAGS.micro_batches, adapted)
+  trainer = training_flags.trainer(objective, optimizer, adapted)
   train_stage(session, 'iteration_01/train', ITERATION, model, trainer, batches, loop)
 
 

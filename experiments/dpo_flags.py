@@ -18,7 +18,6 @@ from experiments import (
 )
 from jaxrl.errors import InputError
 from jaxrl.models.frozen import STORAGES
-from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
 LENDERS = (data_flags, rounds_flags, sft_flags)
@@ -85,9 +84,7 @@ def check() -> loss_flags.LossConfig:
 
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where rows do not divide over the devices of the mesh."""
-  check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=mesh,
-             packed=FLAGS.layout == 'packed')
+  training_flags.check_devices(mesh)
   common_flags.check_multiple('score_batch', mesh)
 
 

@@ -52,7 +52,7 @@ from jaxrl.runs.score_stage import score_stage
 from jaxrl.runs.select_stage import select_stage
 from jaxrl.runs.session import Model, Session
 from jaxrl.runs.shift_stage import shift_stage
-from jaxrl.runs.train_stage import Trainer, make_trainer, train_stage
+from jaxrl.runs.train_stage import Trainer, train_stage
 from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.header import common_header
 from jaxrl.tokens.prompts import EncodedPrompt
@@ -183,10 +183,7 @@ def _batches(made: Machinery, t: int, pairs: Sequence[Pair]) -> grain.MapDataset
 
 
 def _loop(made: Machinery, pairs: Sequence[Pair]) -> LoopConfig:
-  epoch = len(pairs) / FLAGS.batch_size
-  steps = math.ceil(made.config.epochs * epoch)
-  return LoopConfig(min(steps, made.config.max_steps or steps), FLAGS.log_every, FLAGS.save_every,
-                    steps_per_epoch=epoch)
+  return training_flags.loop_config(len(pairs), made.config.epochs, made.config.max_steps)
 
 
 def _first_loss(method: Method, batches: grain.MapDataset) -> float:
@@ -260,10 +257,10 @@ def iterate(
   held_out = train.held_out(FLAGS.dev_prompts, FLAGS.seed)
   if not method.trains_held_out:
     train = train.without(held_out)
-  trainer = make_trainer(
+  trainer = training_flags.trainer(
       preference_objective(
           method.loss, method.loss_options, adapted or session.model, session.compute),
-      common_flags.optimizer_config(), FLAGS.micro_batches, adapted)
+      common_flags.optimizer_config(), adapted)
   made = Machinery(session, config, engine, trainer, train, sets['test'], held_out, lengths)
 
   model = sessions.load_model(session, start)

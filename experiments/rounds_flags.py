@@ -23,7 +23,6 @@ from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.rewards.checking import AnswerRule
 from jaxrl.sampling.requests import SamplingConfig
-from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
 MODULES = (common_flags, data_flags, engine_flags, lora_flags, training_flags, world,
@@ -141,9 +140,7 @@ def longest_row() -> int:
 
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where rows do not divide over the devices of the mesh."""
-  check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=mesh,
-             packed=FLAGS.layout == 'packed')
+  training_flags.check_devices(mesh)
   common_flags.check_multiple('score_batch', mesh)
   if FLAGS.model is None and FLAGS.layout == 'padded':
     common_flags.check_multiple('seed_batch_size', mesh)

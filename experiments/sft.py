@@ -41,11 +41,10 @@ from jaxrl.runs.progress import Progress
 from jaxrl.runs.report import write_report
 from jaxrl.runs.session import Session
 from jaxrl.runs.stages import Run
-from jaxrl.runs.train_stage import make_trainer, train_stage
+from jaxrl.runs.train_stage import train_stage
 from jaxrl.tokens.prompts import Message, prompt_ids, render_prompt
 from jaxrl.tokens.tiny import write_tokenizer
 from jaxrl.tokens.tokenizer import Tokenizer, load_tokenizer, response_ids
-from jaxrl.training.loop import LoopConfig
 from jaxrl.training.objectives import sft_objective
 from jaxrl.training.optimizer import learning_rate_schedule
 from jaxrl.training.score import score_rows
@@ -205,8 +204,7 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
   _, rows = read_rows(run, 'train')
   test_ids, test_rows = read_rows(run, 'test') if FLAGS.test is not None else ([], [])
   lengths = common_flags.length_buckets(max(len(row) for row in [*rows, *test_rows]))
-  steps = math.ceil(FLAGS.epochs * len(rows) / FLAGS.batch_size)
-  loop = LoopConfig(min(steps, FLAGS.max_steps or steps), FLAGS.log_every, FLAGS.save_every)
+  loop = training_flags.loop_config(len(rows), FLAGS.epochs, FLAGS.max_steps)
   optimizer = common_flags.optimizer_config()
   learning_rate_schedule(optimizer, loop.steps)   # a warm-up that is too long is refused here
 
@@ -233,8 +231,8 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
   batches = training_flags.batches(
       session, 'sequences', rows, iteration=0, steps=loop.steps, lengths=lengths,
       stream=sessions.TRAIN_STREAM, batch_size=FLAGS.batch_size)
-  trainer = make_trainer(sft_objective(adapted or session.model, session.compute), optimizer,
-                         FLAGS.micro_batches, adapted)
+  trainer = training_flags.trainer(
+      sft_objective(adapted or session.model, session.compute), optimizer, adapted)
   train_stage(session, 'sft/train', 0, sessions.load_model(session, start), trainer, batches, loop,
               stop=look if FLAGS.eval_every is not None else None)
   model = run.path('sft/train', 'sft/model')

@@ -11,7 +11,6 @@ from experiments import common_flags, data_flags, lora_flags, training_flags
 from jaxrl.data.tasks import TASKS
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
-from jaxrl.training.loop import LoopConfig, check_loop
 
 FLAGS = flags.FLAGS
 MODULES = (common_flags, data_flags, lora_flags, training_flags, sys.modules[__name__])
@@ -93,9 +92,7 @@ def check() -> None:
 
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where a batch does not divide over the devices of the mesh."""
-  check_loop(LoopConfig(1, FLAGS.log_every, FLAGS.save_every), batch_size=FLAGS.batch_size,
-             micro_batches=FLAGS.micro_batches, mesh=mesh,
-             packed=FLAGS.layout == 'packed')
+  training_flags.check_devices(mesh)
 
 
 def new_config(vocab_size: int) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Flags of training that say how rows become batches."""
+"""Flags of training: how rows become batches, what is kept, what is done when a step fails."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -25,8 +26,14 @@ from jaxrl.data.packing import (
     sequence_unit,
     weak_unit,
 )
+from jaxrl.models.config import ModelConfig
 from jaxrl.parallel.mesh import ways
 from jaxrl.runs.session import Session
+from jaxrl.runs.train_stage import Trainer, make_trainer
+from jaxrl.training.loop import LoopConfig, check_loop
+from jaxrl.training.objectives import Objective
+from jaxrl.training.optimizer import OptimizerConfig
+from jaxrl.training.step_log import NONFINITE, Watch
 
 FLAGS = flags.FLAGS
 
@@ -36,6 +43,18 @@ flags.DEFINE_enum('layout', 'packed', ['packed', 'padded'], 'How rows become bat
 flags.DEFINE_integer('pack_shapes', 4, 'Most shapes of packed batches, each one compiled program; '
                      'more of them pad less.', lower_bound=1)
 flags.DEFINE_integer('pack_multiple', 64, 'Lengths of packed rows are multiples of this.',
+                     lower_bound=1)
+
+flags.DEFINE_bool('offload_optimizer', False, "Keep the optimizer's state in the memory of the "
+                  'host between steps.')
+flags.DEFINE_enum('on_nonfinite', 'stop', NONFINITE, 'What is done about a step whose loss or '
+                  'gradient is no number; it is never applied.')
+flags.DEFINE_integer('max_skips', 3, 'Most such steps in a row.', lower_bound=1)
+flags.DEFINE_float('peak_tflops', None, 'Of one device, for the utilisation in the log; default: '
+                   'known for some devices.', lower_bound=0.0)
+flags.DEFINE_integer('keep', 2, 'Newest checkpoints of a training that are kept while it goes on.',
+                     lower_bound=1)
+flags.DEFINE_integer('keep_every', None, 'Keep the checkpoint of every so many steps as well.',
                      lower_bound=1)
 
 # What the rows of an objective are -> how they are padded, and what is packed.
@@ -49,9 +68,46 @@ KINDS: dict[str, tuple[Callable, Callable]] = {
 
 def without_effect() -> dict[str, str]:
   """Flags that the values of the others leave without effect, and why."""
-  if FLAGS.layout == 'packed':
-    return {}
-  return dict.fromkeys(('pack_shapes', 'pack_multiple'), '--layout=padded')
+  idle: dict[str, str] = {}
+  if FLAGS.layout == 'padded':
+    idle |= dict.fromkeys(('pack_shapes', 'pack_multiple'), '--layout=padded')
+  if FLAGS.on_nonfinite == 'stop':
+    idle['max_skips'] = '--on_nonfinite=stop'
+  others = f'--optimizer={FLAGS.optimizer}'
+  if FLAGS.optimizer != 'adamw8bit':
+    idle['moment_block'] = others
+  if FLAGS.optimizer != 'adamw':
+    idle['moment_dtype'] = others
+  if FLAGS.optimizer == 'adafactor':
+    idle |= dict.fromkeys(('adam_b1', 'adam_b2'), others)
+  return idle
+
+
+def loop_config(rows: int, epochs: float, max_steps: int | None) -> LoopConfig:
+  """The loop over so many rows."""
+  epoch = rows / FLAGS.batch_size
+  steps = math.ceil(epochs * epoch)
+  return LoopConfig(
+      min(steps, max_steps or steps), FLAGS.log_every, FLAGS.save_every, steps_per_epoch=epoch,
+      keep=FLAGS.keep, keep_every=FLAGS.keep_every)
+
+
+def check_devices(mesh: jax.sharding.Mesh) -> None:
+  """Raises InputError where batches do not divide over the devices, or saves fall between logs."""
+  check_loop(
+      LoopConfig(1, FLAGS.log_every, FLAGS.save_every, keep=FLAGS.keep,
+                 keep_every=FLAGS.keep_every),
+      batch_size=FLAGS.batch_size, micro_batches=FLAGS.micro_batches, mesh=mesh,
+      packed=FLAGS.layout == 'packed')
+
+
+def trainer(
+    objective: Objective, optimizer: OptimizerConfig, adapted: ModelConfig | None
+) -> Trainer:
+  """The compiled-once step of these flags."""
+  return make_trainer(
+      objective, optimizer, FLAGS.micro_batches, adapted, offloads=FLAGS.offload_optimizer,
+      watch=Watch(FLAGS.on_nonfinite, FLAGS.max_skips, peak_tflops=FLAGS.peak_tflops))
 
 
 def batches(

@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -56,14 +55,13 @@ from jaxrl.runs.report import write_report
 from jaxrl.runs.sample_stage import Draws, draw_rows
 from jaxrl.runs.score_stage import check_rows
 from jaxrl.runs.session import Session
-from jaxrl.runs.train_stage import make_trainer, train_stage
+from jaxrl.runs.train_stage import train_stage
 from jaxrl.runs.weak_stage import Responses, check_tokenizers, logps_stage, session_for, weak_stage
 from jaxrl.sampling.engine import Engine, make_engine
 from jaxrl.sampling.generate import engine_params
 from jaxrl.sampling.requests import SamplingConfig
 from jaxrl.tokens.prompts import prompt_ids
 from jaxrl.tokens.tokenizer import response_ids
-from jaxrl.training.loop import LoopConfig
 from jaxrl.training.objectives import wspo_objective
 from jaxrl.training.optimizer import learning_rate_schedule
 
@@ -229,9 +227,7 @@ def train_strong(session: Session, inputs: Inputs, options: Mapping, start: epat
   rows = [TokenRow(row['prompt_ids'], row['response_ids']) for row in table]
   lengths = common_flags.length_buckets(max(map(len, rows)))
   train = [n for n, row in enumerate(table) if not row['held_out']]
-  steps = math.ceil(FLAGS.epochs * len(train) / FLAGS.batch_size)
-  loop = LoopConfig(min(steps, FLAGS.max_steps or steps), FLAGS.log_every, FLAGS.save_every,
-                    steps_per_epoch=len(train) / FLAGS.batch_size)
+  loop = training_flags.loop_config(len(train), FLAGS.epochs, FLAGS.max_steps)
   learning_rate_schedule(optimizer, loop.steps)   # a warm-up that is too long is refused here
 
   responses = Responses([row['prompt_id'] for row in table], rows, lengths, FLAGS.score_batch)
@@ -248,7 +244,7 @@ def train_strong(session: Session, inputs: Inputs, options: Mapping, start: epat
           WeakRow(rows[n], references[n].tolist(), gaps[n].tolist()) for n in train],
       iteration=1, steps=loop.steps, lengths=lengths, stream=sessions.TRAIN_STREAM,
       batch_size=FLAGS.batch_size)
-  trainer = make_trainer(objective, optimizer, FLAGS.micro_batches, adapted)
+  trainer = training_flags.trainer(objective, optimizer, adapted)
   train_stage(session, 'iteration_01/train', 1, model, trainer, batches, loop,
               expected_first_loss=first_loss(batches[0]))
   del model, trainer

@@ -17,13 +17,13 @@ LOST_AFTER = 8.0
 class Launched:
   """status, output of the launcher itself, lines of each process, and seconds it took."""
 
-  def __init__(self, processes, *command, devices_per_process=1, lost_after=LOST_AFTER):
+  def __init__(self, processes, *command, devices_per_process=1, lost_after=LOST_AFTER, grace=60):
     assert COORDINATOR not in os.environ
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, '-m', 'launch.local', f'--processes={processes}',
-         f'--devices_per_process={devices_per_process}', f'--lost_after={lost_after}', '--',
-         *map(str, command)],
+         f'--devices_per_process={devices_per_process}', f'--lost_after={lost_after}',
+         f'--grace={grace}', '--', *map(str, command)],
         env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
         timeout=300, check=False)
     self.seconds = time.monotonic() - began

@@ -148,8 +148,16 @@ def shuffled_batches(
 ) -> grain.MapDataset:
   """An endless dataset of batches: index k gives the batch of step k, whatever came before.
 
-  Epochs follow each other without a gap and are shuffled differently.
+  Epochs follow each other without a gap and are shuffled differently. A batch has what `collate`
+  gives, and `numbers`: int32, which rows they are.
   """
-  return (
-      grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-      .batch(batch_size, batch_fn=collate))
+  def gather(numbers: Sequence[int]) -> Batch:
+    return {**collate([rows[n] for n in numbers]), 'numbers': np.asarray(numbers, np.int32)}
+
+  return shuffled_numbers(len(rows), batch_size=batch_size, seed=seed).map(gather)
+
+
+def shuffled_numbers(rows: int, *, batch_size: int, seed: int) -> grain.MapDataset:
+  """Which of the rows are in the batch of each step, in every layout of batches."""
+  return grain.MapDataset.source(range(rows)).seed(seed).shuffle().repeat().batch(
+      batch_size, batch_fn=list)

@@ -19,7 +19,7 @@ from typing import TypeVar
 import grain
 import numpy as np
 
-from jaxrl.data.batches import LabelledRow, Pair, TokenRow, WeakRow
+from jaxrl.data.batches import LabelledRow, Pair, TokenRow, WeakRow, shuffled_numbers
 from jaxrl.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -34,12 +34,14 @@ class Unit:
   Attributes:
     per_token: name -> for each response one number per id.
     per_unit: name -> a number.
+    number: which row of the data it is.
   """
 
   prompt_ids: Sequence[int]
   responses: Sequence[Sequence[int]]
   per_token: Mapping[str, Sequence[Sequence[float]]]
   per_unit: Mapping[str, float]
+  number: int = -1
 
   @property
   def size(self) -> int:
@@ -126,7 +128,7 @@ def packed_arrays(
     `picks`, for rows that are split over devices, no `picked`, and targets of all T places.
   places: int32 [B, K, N, R], where each response id lies among the M (or T); mask: bool, where
     there is one; what `per_token` names: float32, as long. Without N where units have one response.
-  What `per_unit` names: float32 [B, K].
+  What `per_unit` names: float32 [B, K]. numbers: int32 [B, K], of the rows; -1 where there is none.
 
   Raises:
     InputError: a unit has no prompt or another number of responses, or the shape is too small.
@@ -139,6 +141,7 @@ def packed_arrays(
   out |= {'places': np.zeros(each, np.int32), 'mask': np.zeros(each, bool)}
   out |= {name: np.zeros(each, np.float32) for name in units[0].per_token}
   out |= {name: np.zeros((b, k), np.float32) for name in units[0].per_unit}
+  out['numbers'] = np.full((b, k), -1, np.int32)
   for row, members in enumerate(spread(units, b)):
     place, target = 0, 0
     for number, unit in enumerate(members):
@@ -165,6 +168,7 @@ def packed_arrays(
         start, target = segment.stop, target + r
       for name, value in unit.per_unit.items():
         out[name][row, number] = value
+      out['numbers'][row, number] = unit.number
       place = start
   if not picks:
     picked, targets = out.pop('picked'), out.pop('targets')
@@ -207,7 +211,8 @@ def fitting_lengths(totals: Iterable[int], *, count: int, multiple: int) -> tupl
   lengths = sorted(counts)
   # least[c][n]: padding of the n shortest lengths under c of them as bounds, and where to cut.
   number = np.concatenate([[0], np.cumsum([counts[x] for x in lengths])])
-  least = [(0.0, ())] + [(np.inf, ())] * len(lengths)
+  unknown: tuple[float, tuple[int, ...]] = (np.inf, ())
+  least = [(0.0, unknown[1])] + [unknown] * len(lengths)
   for _ in range(min(count, len(lengths))):
     least = [least[0]] + [
         min([least[n]] + [
@@ -245,10 +250,13 @@ def pack_batches(
   Where `units` gives several units of a row by name, each is packed for itself and its arrays
   begin with the name; the first says how long rows are.
   """
-  made = [unit if isinstance(unit := units(row), dict) else {'': unit} for row in rows]
+  made: list[dict[str, Unit]] = []
+  for number, row in enumerate(rows):
+    found_units = units(row)
+    named = found_units if isinstance(found_units, dict) else {'': found_units}
+    made.append({name: dataclasses.replace(u, number=number) for name, u in named.items()})
   names = tuple(made[0])
-  order = grain.MapDataset.source(range(len(rows))).seed(seed).shuffle().repeat().batch(
-      batch_size, batch_fn=list)
+  order = shuffled_numbers(len(rows), batch_size=batch_size, seed=seed)
 
   def least(numbers: Sequence[int]) -> dict[str, Shape]:
     return {name: needed([made[n][name] for n in numbers], into) for name in names}
@@ -265,8 +273,12 @@ def pack_batches(
 
   def pack(numbers: Sequence[int]) -> Batch:
     shape = found[_smallest(least(numbers)[names[0]].length, lengths)]
-    return {f'{name}{key}': x for name in names for key, x in packed_arrays(
-        [made[n][name] for n in numbers], shape[name], pad_id, picks=picks).items()}
+    out: Batch = {}
+    for name in names:
+      arrays = packed_arrays(
+          [made[n][name] for n in numbers], shape[name], pad_id, picks=picks)
+      out |= {f'{name}{key}': x for key, x in arrays.items()}
+    return out
 
   size = [sum(unit.size for unit in each.values()) for each in made]
   held = sum(size[n] for k in range(steps) for n in order[k])

@@ -212,14 +212,13 @@ def _spared_weights(c: ModelConfig, kept: set[str]) -> tuple[int, int]:
   A product followed by a norm is read by the norm's own backward pass, and the outputs of experts
   by that of the weights they are added with.
   """
-  names = {name for name in ('v', 'gate', 'up') if name in kept}
+  names = {'v', 'gate', 'up'} & kept
   if c.qk_norm == 'none':
     names |= {'q', 'k'} & kept
   if c.norm_placement == 'before':
-    names |= {'o'} if 'mid' in kept else set()
-    names |= {'down'}
+    names |= {'down', 'o'} if 'mid' in kept else {'down'}
   layer = layer_specs(c)
-  names &= layer.keys()       # experts have no gate, up and down of these names
+  names &= set(layer)         # experts have no gate, up and down of these names
   spared = sum(math.prod(layer[name].shape) for name in names)
   if c.lora is None:
     return spared, 0

@@ -93,7 +93,7 @@ def load_model(session: Session, folder: epath.Path) -> Model:
 
 def master_bytes(session: Session) -> int:
   """Bytes that the parameters of training will take on each device."""
-  parts = session.mesh.shape['fsdp'] * session.mesh.shape['tensor']
+  parts = session.mesh.size // session.mesh.shape['data']
   return count_params(session.model) * jnp.dtype(session.param_dtype).itemsize // parts
 
 

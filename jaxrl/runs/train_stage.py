@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from jaxrl.models.config import ModelConfig
+from jaxrl.models.flops import peak_tflops, train_flops, units_of
 from jaxrl.models.identity import identity
 from jaxrl.models.lora import adapter_shardings, attach, init_adapter, merge
 from jaxrl.models.peft_folder import write_adapter
@@ -18,7 +19,14 @@ from jaxrl.runs.session import ADAPTER_STREAM, Model, Session, write_model
 from jaxrl.training.loop import LoopConfig, Step, train
 from jaxrl.training.objectives import Objective
 from jaxrl.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
-from jaxrl.training.step import TrainState, init_state, train_step
+from jaxrl.training.step import (
+    TrainState,
+    init_state,
+    offload_optimizer,
+    offloaded_step,
+    train_step,
+)
+from jaxrl.training.step_log import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,8 @@ class Trainer:
   optimizer: OptimizerConfig
   adapted: ModelConfig | None = None   # with the adapter that is trained in place of the model
   loss_state: Callable[[dict], dict] = lambda params: {}   # what a loss with a memory starts from
+  offloads: bool = False      # the optimizer's state rests in the memory of the host
+  watch: Watch = Watch()
 
   def merged(self, base: dict, adapter: dict) -> dict:
     """The model that `base` and its adapter are together; other weights are those of `base`."""
@@ -43,17 +53,18 @@ _merge = jax.jit(merge, static_argnums=1)
 
 def make_trainer(
     objective: Objective, optimizer: OptimizerConfig, micro_batches: int,
-    adapted: ModelConfig | None = None,
+    adapted: ModelConfig | None = None, *, offloads: bool = False, watch: Watch | None = None,
 ) -> Trainer:
   """Jits the step once; the state is donated, a frozen model is not.
 
   With `adapted`, the configuration that `objective` was made for, a fresh adapter is trained.
+  `offloads` keeps the optimizer's state in the memory of the host between steps.
   """
-  step = jax.jit(
-      functools.partial(train_step, objective=objective, tx=make_optimizer(optimizer),
-                        micro_batches=micro_batches),
-      donate_argnums=0)
-  return Trainer(step, optimizer, adapted, objective.initial_state)
+  options: dict = dict(
+      objective=objective, tx=make_optimizer(optimizer), micro_batches=micro_batches)
+  step = offloaded_step(**options) if offloads else jax.jit(
+      functools.partial(train_step, **options), donate_argnums=0)
+  return Trainer(step, optimizer, adapted, objective.initial_state, offloads, watch or Watch())
 
 
 # What one line of the training log shows, in this order, where present.
@@ -106,6 +117,8 @@ def run_training(
         init_adapter(key, trainer.adapted), adapter_shardings(trainer.adapted, session.mesh))
   tx = make_optimizer(trainer.optimizer)
   state = jax.jit(lambda params: init_state(params, tx, trainer.loss_state(params)))(trained)
+  if trainer.offloads:
+    state = offload_optimizer(state)
   with session.progress.stage(name, loop.steps, 'steps') as bar:
 
     def on_resume(step: int) -> None:
@@ -117,7 +130,18 @@ def run_training(
         learning_rate=lambda step: float(schedule(step)), mesh=session.mesh,
         checkpoints=scratch / 'checkpoint', on_log=on_log, on_resume=on_resume,
         on_step=bar.advance, stop=asked, parks_optimizer=parks_optimizer,
-        warn=session.progress.line)
+        watch=_watch(session, trainer, batches), warn=session.progress.line)
+
+
+def _watch(session: Session, trainer: Trainer, batches: grain.MapDataset) -> Watch:
+  """What the log is to say of this training besides its metrics."""
+  config = trainer.adapted or session.model
+  peak = trainer.watch.peak_tflops or peak_tflops(session.mesh.devices.flat[0].device_kind)
+  return dataclasses.replace(
+      trainer.watch, peak_tflops=peak, devices=session.mesh.size, programs=session.programs,
+      flops_of=lambda k: train_flops(config, units_of(batches[k])).total(),
+      names_of=lambda k: [f'row {n} of the training data'
+                          for n in batches[k]['numbers'].reshape(-1)])
 
 
 def train_stage(

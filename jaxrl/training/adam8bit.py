@@ -10,6 +10,7 @@ m / eps. Where a leaf is small or has no even blocks it stays float32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ class Blocks:
 
 
 class Adam8bitState(NamedTuple):
-  count: jax.Array            # [] int32
+  steps: jax.Array            # [] int32
   mu: Any                     # per parameter `Blocks`, or float32 [...]
   nu: Any                     # the same, of roots where they are `Blocks`
 
@@ -52,19 +53,20 @@ def scale_by_adam8bit(
       check_layout(jax.tree_util.keystr(path, simple=True, separator='/'), p, block)
     fresh = adam.init(params)
 
-    def rest(moments, signed):
-      return jax.tree.map(
-          lambda m: m if block_of(m.shape, block) is None
-          else encode(m, block_of(m.shape, block), signed=signed), moments)
+    def rest(moment, signed):
+      size = block_of(moment.shape, block)
+      return moment if size is None else encode(moment, size, signed=signed)
 
-    return Adam8bitState(fresh.count, rest(fresh.mu, True), rest(fresh.nu, False))
+    mu, nu = (jax.tree.map(functools.partial(rest, signed=signed), moments)
+              for moments, signed in ((fresh.mu, True), (fresh.nu, False)))
+    return Adam8bitState(fresh.count, mu, nu)
 
   def update(grads, state, params=None):
     del params
 
     def one(g, mu, nu):
       direction, new = adam.update(
-          g, optax.ScaleByAdamState(state.count, _decoded(mu), _decoded(nu)))
+          g, optax.ScaleByAdamState(state.steps, _decoded(mu), _decoded(nu)))
       return direction, _rested_like(mu, new.mu), _rested_like(nu, new.nu)
 
     def leaf(g, mu, nu):
@@ -73,11 +75,10 @@ def scale_by_adam8bit(
       # Stacked layers one after another: wide moments of one layer exist at a time.
       return jax.lax.map(lambda xs: one(*xs), (g, mu, nu))
 
-    leaves, treedef = jax.tree.flatten(grads)
-    found = [leaf(*xs) for xs in zip(
-        leaves, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True)]
-    directions, mu, nu = (treedef.unflatten(x) for x in zip(*found, strict=True))
-    return directions, Adam8bitState(optax.safe_increment(state.count), mu, nu)
+    found = jax.tree.map(leaf, grads, state.mu, state.nu)
+    directions, mu, nu = (
+        jax.tree.map(lambda _, one, n=n: one[n], grads, found) for n in range(3))
+    return directions, Adam8bitState(optax.safe_increment(state.steps), mu, nu)
 
   return optax.GradientTransformation(init, update)
 

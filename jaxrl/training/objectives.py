@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxrl.losses import kto, preference, wspo
 from jaxrl.losses.checks import check_number
-from jaxrl.losses.mean import Mean, mean_over
+from jaxrl.losses.mean import mean_over
 from jaxrl.losses.pairs import PLAIN, PairOptions, PairSums
 from jaxrl.losses.whole_batch import initial_state
 from jaxrl.models.config import ModelConfig
@@ -38,15 +38,16 @@ class Objective:
   """Term totals and metrics of a part of a batch, the batch's counts, and what precedes them.
 
   Attributes:
-    totals: (params, part) -> term totals and metrics of any part. The loss is the sum over terms
-      of total / count, whatever the parts were.
+    totals: (params, part) -> term totals and metrics of any part, and as 'row_finite' which of
+      its rows' log-probs are numbers. The loss is the sum over terms of total / count, whatever
+      the parts were.
     counts: batch -> the normalisers of the whole batch.
     survey: (params, batch, state, step, micro_batches) -> the batch with what the whole of it says
       about each row, and the new state; no gradient passes. None where a row says it all.
     initial_state: params -> the state before step 0, checkpointed with the optimizer's.
   """
 
-  totals: Callable[[dict, Batch], tuple[Totals, dict[str, Mean]]]
+  totals: Callable[[dict, Batch], tuple[Totals, dict[str, Any]]]
   counts: Callable[[Batch], dict[str, jax.Array]]
   survey: Callable[[dict, Batch, dict, jax.Array, int], tuple[Batch, dict]] | None = None
   initial_state: Callable[[dict], dict] = lambda params: {}
@@ -56,8 +57,9 @@ def sft_objective(c: ModelConfig, policy: ComputePolicy) -> Objective:
   """Mean negative log-likelihood per response token; batch of `sequence_arrays` [B, T]."""
 
   def totals(params, part):
-    nll = mean_over(-response_logps(params, part, c, policy), by_unit(part)['mask'])
-    return {'nll': (nll.total, 'tokens')}, {}
+    logps = response_logps(params, part, c, policy)
+    nll = mean_over(-logps, by_unit(part)['mask'])
+    return {'nll': (nll.total, 'tokens')}, {'row_finite': _finite(part, logps)}
 
   def counts(batch):
     return {'tokens': jnp.sum(batch['mask'], dtype=jnp.float32)}
@@ -123,7 +125,7 @@ def mixed_objective(
       logps = response_logps(params, part, c, policy)
     s = sums(logps, by_unit(part), collisions)
     terms, _ = preference.mixed_totals(parts, s)
-    return terms, preference.pref_metrics(s, beta)
+    return terms, preference.pref_metrics(s, beta) | {'row_finite': _finite(part, logps)}
 
   def counts(batch):
     units = by_unit(batch)
@@ -168,6 +170,16 @@ def check_mixture(
   surveyed = [name for name in parts if preference.is_surveyed(name)]
   if len(surveyed) > 1:
     raise ValueError(f'{" and ".join(surveyed)} each look at the whole batch; take one of them')
+
+
+def _finite(part: Batch, logps: jax.Array) -> jax.Array:
+  """Bool, laid out as `numbers` of the part: which rows' log-probs are all finite."""
+  units = by_unit(part)
+  known = jnp.isfinite(logps)
+  for name in ('ref_logps', 'weak_gap'):
+    known &= jnp.isfinite(units[name]) if name in units else True
+  each = jnp.all(known | ~units['mask'], axis=tuple(range(1, known.ndim)))
+  return each.reshape(part['mask'].shape[:2 if 'places' in part else 1])
 
 
 def _moved(reference: dict, params: dict, step: jax.Array, moving: MovingReference) -> dict:
@@ -217,7 +229,7 @@ def kto_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> Ob
 
   def totals(params, part):
     logps = response_logps(params, part, c, policy)
-    part = by_unit(part)
+    finite, part = _finite(part, logps), by_unit(part)
     batch = {'policy': logps, 'ref': part['ref_logps'], 'mask': part['mask'],
              'label': part['label']}
     per_row, valid = kto.kto(batch, part['row/z0'], **options)
@@ -226,7 +238,7 @@ def kto_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> Ob
     return {'preference': (jnp.sum(per_row), 'rows')}, {
         'rewards/desirable': mean_over(reward, valid & liked),
         'rewards/undesirable': mean_over(reward, valid & ~liked),
-        'kto/z0': mean_over(part['row/z0'], valid)}
+        'kto/z0': mean_over(part['row/z0'], valid), 'row_finite': finite}
 
   def counts(batch):
     return {'rows': jnp.sum(jnp.any(by_unit(batch)['mask'], axis=1), dtype=jnp.float32)}
@@ -257,7 +269,7 @@ def wspo_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> O
 
   def totals(params, part):
     logps = response_logps(params, part, c, policy)
-    part = by_unit(part)
+    finite, part = _finite(part, logps), by_unit(part)
     weak = part['weak_gap']
     per_row, valid = wspo.wspo({
         'policy_strong': logps, 'ref_strong': part['ref_logps'], 'weak_aligned': weak,
@@ -266,7 +278,8 @@ def wspo_objective(options: Mapping, c: ModelConfig, policy: ComputePolicy) -> O
     return {'preference': (jnp.sum(jnp.where(valid, per_row, 0.0)), 'rows')}, {
         'wspo/strong_gap': mean_over(strong, part['mask']),
         'wspo/weak_gap': mean_over(weak, part['mask']),
-        'wspo/error': mean_over(jnp.abs(gamma * strong - weak), part['mask'])}
+        'wspo/error': mean_over(jnp.abs(gamma * strong - weak), part['mask']),
+        'row_finite': finite}
 
   def counts(batch):
     return {'rows': jnp.sum(jnp.any(by_unit(batch)['mask'], axis=1), dtype=jnp.float32)}

@@ -145,14 +145,14 @@ def gradients(
     ((grads, metrics), squares), row_finite = jax.lax.scan(
         add, (zeros, jnp.zeros((), jnp.float32)), parts)
     if row_finite is not None:
-      row_finite = jnp.swapaxes(row_finite, 0, 1).reshape(-1)   # as `split_rows` dealt them
+      row_finite = jnp.swapaxes(row_finite, 0, 1)   # as `split_rows` dealt them
     metrics['noise_scale'] = _noise_scale(
         squares, optax.global_norm(grads) ** 2, batch['mask'].shape[0], micro_batches)
 
   tokens = jnp.sum(batch['mask'], dtype=jnp.float32)
   metrics |= {'num_tokens': Mean(tokens, jnp.ones((), jnp.float32)), 'padding': _padding(batch)}
   if row_finite is not None:
-    metrics['row_finite'] = shard(row_finite, None)   # every process can read all of it
+    metrics['row_finite'] = shard(row_finite.reshape(-1), None)   # every process can read all of it
   return grads, loss_state, metrics
 
 

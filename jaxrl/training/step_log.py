@@ -74,7 +74,8 @@ class StepLog:
   seen: list[dict[str, Mean]] = dataclasses.field(default_factory=list)
   since: float = dataclasses.field(default_factory=time.perf_counter)
   # Seconds of the window by what they were spent on, and how many steps were timed.
-  _spent: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  _spent: dict[str, float] = dataclasses.field(
+      default_factory=lambda: collections.defaultdict(float))
   _timed: int = 0
   _dispatched: collections.deque[float] = dataclasses.field(default_factory=collections.deque)
   _ready: float = 0.0
@@ -110,7 +111,8 @@ class StepLog:
       self.warn(sentence)
       metrics = {name: metrics[name] for name in ('num_tokens', 'padding')}
     if self.watch.on_nonfinite == 'skip':
-      metrics['skipped_steps'] = Mean(np.float32(in_a_row > 0), np.float32(1))
+      counted: Any = (np.float32(in_a_row > 0), np.float32(1))
+      metrics['skipped_steps'] = Mean(*counted)
     self.seen.append(metrics)
     if step % self.log_every and step != self.steps:
       return

@@ -56,14 +56,19 @@ IDLE = [
     *((flag, MODEL) for flag in ('--lora_alpha=8', '--lora_targets=q', '--lora_rslora')),
     ('--adapter=x', ()),
     ('--seed_learning_rate=1', MODEL),
+    ('--max_skips=2', ()),
+    ('--moment_block=64', ()),
+    ('--moment_dtype=bfloat16', ('--optimizer=adamw8bit',)),
+    *((flag, ('--optimizer=adafactor',)) for flag in ('--adam_b1=0.8', '--adam_b2=0.8')),
+    *((flag, ('--layout=padded',)) for flag in ('--pack_shapes=3', '--pack_multiple=8')),
 ]
 # Flags that act whatever the others are, limits that may never be reached included.
 ALWAYS = {
     'run_dir', 'model', 'seed', 'mesh', 'compute_dtype', 'param_dtype', 'remat', 'logp_chunk',
     'learning_rate',
-    'schedule', 'warmup_steps', 'weight_decay', 'clip_norm', 'adam_b1', 'adam_b2', 'batch_size',
+    'schedule', 'warmup_steps', 'weight_decay', 'clip_norm', 'batch_size',
     'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every', 'layout',
-    'pack_shapes', 'pack_multiple',
+    'optimizer', 'offload_optimizer', 'on_nonfinite', 'peak_tflops', 'keep', 'keep_every',
     'train_limit', 'test_limit', 'over_length', 'iterations', 'samples_per_prompt', 'temperature',
     'top_p', 'max_new_tokens', 'max_prompt_length', 'pairs_per_prompt', 'max_pairs', 'beta',
     'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'cadence',

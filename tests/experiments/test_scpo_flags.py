@@ -172,7 +172,7 @@ def test_published_settings_spell_out_every_flag_of_the_method(name):
   machine = {
       'run_dir', 'seed', 'mesh', 'remat', 'logp_chunk', 'micro_batches', 'length_buckets',
       'log_every', 'slots', 'cadence', 'rollout_tensor', 'kv_cache', 'shrink_slots',
-    'score_batch', 'param_dtype', 'max_steps', 'max_pairs'}
+      'score_batch', 'param_dtype', 'moment_dtype', 'max_steps', 'max_pairs'}
   rows = {'prompt_field', 'answer_field', 'id_field', 'train_limit', 'test_limit'}
   modules = (common_flags, rounds_flags, nll_flags, scpo_flags)
   silent = {f.name for m in modules for f in FLAGS.get_flags_for_module(m) if not f.present}

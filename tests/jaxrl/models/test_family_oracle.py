@@ -118,7 +118,8 @@ def test_forward_runs_with_strict_dtype_promotion(answers_of, family):
   with jax.numpy_dtype_promotion('strict'):
     for dtype in (jnp.float32, jnp.bfloat16):
       hidden = jax.eval_shape(
-          lambda p, t, dtype=dtype: decoder.forward(decoder.cast(p, dtype), t, a.c, remat='nothing'),
+          lambda p, t, dtype=dtype: decoder.forward(
+              decoder.cast(p, dtype), t, a.c, remat='nothing'),
           a.params, jnp.zeros((1, 3), jnp.int32))
       assert hidden.dtype == dtype
 

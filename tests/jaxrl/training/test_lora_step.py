@@ -158,8 +158,8 @@ def assert_same(found, expected):
       strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max(),
                                err_msg=jax.tree_util.keystr(path))
-  for name, mean in found[1].items():
-    np.testing.assert_allclose(mean.value(), expected[1][name].value(), rtol=2e-5, err_msg=name)
+  for name, mean in expected[1].items():
+    np.testing.assert_allclose(found[1][name].value(), mean.value(), rtol=2e-5, err_msg=name)
 
 
 def test_micro_batches_give_the_update_of_the_whole_batch():

@@ -89,13 +89,10 @@ def test_skips_in_a_row_are_counted_in_the_state():
   assert int(state.opt_state[0].count) == 1, 'Adam has seen one gradient'
 
 
-@pytest.mark.parametrize('sizes', MESHES)
-@pytest.mark.parametrize('micro_batches', [2, 4])
+@pytest.mark.parametrize(('sizes', 'micro_batches'), [((1, 1), 2), ((1, 1), 4), ((2, 4), 2)])
 def test_the_noise_scale_is_that_of_its_formula(sizes, micro_batches):
   """McCandlish et al. 2018, equations A.2: B_small = 16 / parts, B_big = 16."""
   mesh, batch = mesh_of(*sizes), rows(1)
-  if sizes[0] * sizes[1] * micro_batches > 16:
-    pytest.skip('16 rows do not divide over 8 devices and 4 parts')
   _, metrics = step_of(ADAM, mesh, start(mesh, ADAM), batch, micro_batches)
   gradients = (1 - batch['x']).astype(np.float64)
   parts = np.array([gradients[j::micro_batches].mean(axis=0) for j in range(micro_batches)])

@@ -1,0 +1,170 @@
+"""The code that a run is started from: one commit, packed by git, and the command to run on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from jaxrl.errors import InputError
+from launch.commands import capture, must, say
+from launch.naming import check_bucket_path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """What is shipped: the tree of a commit, which git can show again."""
+
+  root: Path
+  commit: str        # what is packed, 40 hex digits
+  head: str          # the same, or where changes that are not committed are shipped, their base
+
+  @property
+  def name(self) -> str:
+    """For files, folders and labels."""
+    return self.head[:12] if self.commit == self.head else (
+        f'{self.head[:12]}-changed-{self.commit[:12]}')
+
+
+def source_of(root: Path, *, allow_dirty: bool) -> Source:
+  """HEAD; with `allow_dirty` also what is changed and not committed, as a commit of its own.
+
+  That commit is made by `git stash create`: it is in no branch, and the tree is left as it is.
+  Files that git does not track are never shipped.
+
+  Raises:
+    InputError: this is no repository, or there are changes and `allow_dirty` is False.
+  """
+  git = ['git', '-C', str(root)]
+  found = capture([*git, 'rev-parse', '--verify', 'HEAD'])
+  if found.status:
+    raise InputError('what is shipped is a commit, and there is none', where=root,
+                     expected='a git repository with a commit', found=found.reason)
+  head = found.out.strip()
+  changed, unknown = [], []
+  for line in must([*git, 'status', '--porcelain']).splitlines():
+    (unknown if line.startswith('??') else changed).append(line[3:])
+  if unknown:
+    say(f'files that git does not track are not shipped: {_some(unknown)}')
+  if not changed:
+    return Source(root, head, head)
+  if not allow_dirty:
+    raise InputError(
+        'the tree has changes that are not committed, so no commit says what would run',
+        where=root, found=_some(changed),
+        fix='Commit them, or give --allow_dirty to ship and record them as they are')
+  made = must([*git, 'stash', 'create']).strip()
+  return Source(root, made or head, head)
+
+
+def _some(paths: Sequence[str]) -> str:
+  return ', '.join(paths[:3]) + (f' and {len(paths) - 3} more' if len(paths) > 3 else '')
+
+
+def archive_command(source: Source, archive: Path) -> list[str]:
+  return ['git', '-C', str(source.root), 'archive', '--format=tar.gz', f'--output={archive}',
+          source.commit]
+
+
+def check_command(command: Sequence[str], source: Source, *, buckets: bool) -> None:
+  """What hosts are to run: `-m MODULE FLAGS`, all of which they can find.
+
+  `buckets`: the hosts are machines of a cloud, and everything on their disks goes with them.
+
+  Raises:
+    InputError: the module or a flag file is not in the commit; a path is one of this machine; the
+      run folder is not where it survives.
+  """
+  if len(command) < 2 or command[0] != '-m' or command[1].startswith('-'):
+    raise InputError('there is nothing to run', where='launch', found=' '.join(command) or 'nothing',
+                     expected='a module after --, as in -- -m experiments.irpo --run_dir=...')
+  module = command[1]
+  if not re.fullmatch(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*', module):
+    raise InputError('this is no module', where='-m', found=module,
+                     expected='a name such as experiments.irpo')
+  base = module.replace('.', '/')
+  if not any(_has(source, path) for path in (f'{base}.py', f'{base}/__main__.py')):
+    raise InputError('the commit has no such module', where=f'-m {module}',
+                     expected=f'{base}.py in {source.name}')
+  run_dir = None
+  for word in command[2:]:
+    name, _, value = word.lstrip('-').partition('=')
+    if name == 'flagfile':
+      _check_flag_file(source, value)
+    elif name == 'run_dir':
+      run_dir = value
+    if '://' in value:
+      check_bucket_path(value, where=f'--{name}')
+    elif buckets and value.startswith(('/', '~')) and name != 'run_dir':
+      raise InputError('the path is one of this machine', where=f'--{name}',
+                       expected='gs://BUCKET/FOLDER, or a path in the repository', found=value)
+  if buckets:
+    check_bucket_path(run_dir or '', where='--run_dir')
+
+
+def _check_flag_file(source: Source, path: str) -> None:
+  if not path or Path(path).is_absolute() or '..' in Path(path).parts or not _has(source, path):
+    raise InputError('the commit has no such flag file', where='--flagfile', found=path or 'nothing',
+                     expected=f'the path of a file of {source.name}, from the top of the repository')
+
+
+def _has(source: Source, path: str) -> bool:
+  found = capture(['git', '-C', str(source.root), 'cat-file', '-e', f'{source.commit}:{path}'])
+  return not found.status
+
+
+# Runs the module up to where it has read its flags, and not further.
+_READ_FLAGS = '''
+import runpy, sys
+from absl import app, flags
+def stop(main, argv=None, flags_parser=None):
+  (flags_parser or flags.FLAGS)(sys.argv)
+  sys.exit(0)
+app.run = stop
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+'''
+
+
+def check_flags(command: Sequence[str], root: Path) -> None:
+  """Has the module read its flags here, so that hosts do not find out that it cannot.
+
+  Raises:
+    InputError: what the module says of them.
+  """
+  done = capture(['env', '-C', str(root), 'JAX_PLATFORMS=cpu', sys.executable, '-c', _READ_FLAGS,
+                  *command[1:]])
+  if done.status:
+    raise InputError(f'the flags are refused: {done.reason.removeprefix("error: ")}',
+                     where=command[1], fix='--nocheck_flags leaves this out')
+
+
+def define_flags() -> None:
+  flags.DEFINE_string('name', None, 'Name of the run, for everything that is created.')
+  flags.DEFINE_bool('dry_run', False, 'Print what would be done, and stop.')
+  flags.DEFINE_bool('allow_dirty', False, 'Ship changes of the tree that are not committed.')
+  flags.DEFINE_bool('check_flags', True, 'Have the experiment read its flags here first.')
+
+
+def source_from_flags(command: Sequence[str], *, buckets: bool) -> Source:
+  """What the flags above say is shipped, once the command and its flags are known to be good."""
+  root = Path(os.environ.get('JAXRL_ROOT') or ROOT)
+  source = source_of(root, allow_dirty=flags.FLAGS.allow_dirty)
+  check_command(command, source, buckets=buckets)
+  if flags.FLAGS.check_flags:
+    check_flags(command, root)
+  return source
+
+
+def required(name: str, expected: str) -> str:
+  value = flags.FLAGS[name].value
+  if value is None:
+    raise InputError('the flag is missing', where=f'--{name}', expected=expected)
+  return value
