@@ -6,8 +6,8 @@ Only the standard library and numpy are imported: contenders live in environment
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -64,19 +64,16 @@ class Workload:
     return [[self.pairs[n] for n in order[k:k + PAIRS_A_STEP]]
             for k in range(0, len(order), PAIRS_A_STEP)]
 
-  def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self))
 
-  @classmethod
-  def from_json(cls, text: str) -> Workload:
-    fields = json.loads(text)
-    pairs = tuple(Pair(*(tuple(p[name]) for name in ('prompt', 'chosen', 'rejected')))
-                  for p in fields['pairs'])
-    return cls(pairs, tuple(fields['shuffled']), tuple(fields['grouped']))
+def read_workload(fields: dict[str, Any]) -> Workload:
+  """Undoes `dataclasses.asdict` and JSON."""
+  pairs = tuple(Pair(*(tuple(p[name]) for name in ('prompt', 'chosen', 'rejected')))
+                for p in fields['pairs'])
+  return Workload(pairs, tuple(fields['shuffled']), tuple(fields['grouped']))
 
 
-def make_workload(steps: int, seed: int) -> Workload:
-  """Pairs of random ids, of GSM8K's lengths.
+def make_workload(steps: int, shuffle: Callable[[int], Sequence[int]], seed: int) -> Workload:
+  """Pairs of random ids, of GSM8K's lengths, `shuffle`d.
 
   `steps` whole batches of those into which `DRAWN` pairs fall when sorted by length, at even
   places of that order: grouping then pads as little here as it does among so many.
@@ -93,7 +90,7 @@ def make_workload(steps: int, seed: int) -> Workload:
   kept = [int((k + 0.5) * batches / steps) * PAIRS_A_STEP + n
           for k in range(steps) for n in range(PAIRS_A_STEP)]
   size = len(kept)
-  return Workload(tuple(drawn[n] for n in kept), tuple(rng.permutation(size).tolist()),
+  return Workload(tuple(drawn[n] for n in kept), tuple(map(int, shuffle(size))),
                   tuple(range(size)))
 
 

@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -47,10 +48,14 @@ def shown(words: Sequence[str]) -> str:
   return shlex.join(words)
 
 
-def capture(words: Sequence[str], *, given: str | None = None) -> Done:
-  """Runs a tool to its end; `given` is its standard input."""
+def capture(
+    words: Sequence[str], *, given: str | None = None, cwd: Path | None = None,
+    extra: Mapping[str, str] | None = None
+) -> Done:
+  """Runs a tool to its end; `given` is its standard input, `extra` is added to its environment."""
   with _started(words, stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+                env={**os.environ, **(extra or {})}) as child:
     out, error = child.communicate(None if given is None else given.encode())
   return Done(child.returncode, out.decode(errors='replace'), error.decode(errors='replace'))
 

@@ -1,6 +1,7 @@
 """Runs a command on one host of several: its lines with the number of the host, and its end.
 
-  python3 launch/on_host.py [--hosts_per_slice=4] [--lock=FILE] [--failures=FILE] -- COMMAND...
+  python3 launch/on_host.py [--hosts_per_slice=4] [--grace=60] [--lock=FILE] [--failures=FILE] \
+    -- COMMAND...
   python3 launch/on_host.py --lock=FILE --stop
 
 Needs no package: it is what a fresh machine starts. The number is that of JAX's process: SLURM's
@@ -22,7 +23,6 @@ import time
 import urllib.error
 import urllib.request
 
-GRACE = 60.0                 # seconds to save what was trained, once asked to end
 NOT_ITS_OWN = (0, 75, 143)   # ended well; lost another process (hosts.EXIT_LOST); asked to end
 
 
@@ -56,13 +56,13 @@ def _metadata(key: str, environ: dict[str, str]) -> str | None:
 
 
 @contextlib.contextmanager
-def alone(path: str | None):
+def alone(path: str | None, grace: int):
   """The lock, once whoever had it has been ended."""
   if path is None:
     yield
     return
   descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-  deadline = time.monotonic() + GRACE + 10
+  deadline = time.monotonic() + grace + 10
   asked = None
   while True:
     try:
@@ -86,25 +86,31 @@ def alone(path: str | None):
     os.close(descriptor)
 
 
-def run(command: list[str], number: int) -> int:
+def run(command: list[str], number: int, grace: int) -> int:
   """Runs the command, in a group of its own, to its end, and ends what it left behind."""
-  child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, start_new_session=True)
-  asked: list[float] = []
+  child: subprocess.Popen | None = None
+  asked = False
 
   def end(*_):
-    asked.append(time.monotonic())
-    with contextlib.suppress(ProcessLookupError):
+    nonlocal asked
+    asked = True
+    if child is not None:
       child.send_signal(signal.SIGTERM)
-    signal.alarm(int(GRACE))
+      signal.alarm(grace)
 
   def end_now(*_):
-    with contextlib.suppress(ProcessLookupError):
-      os.killpg(child.pid, signal.SIGKILL)
+    if child is not None:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
+  # Before there is a child, or a signal that comes now would leave it alone.
   for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(signum, end)
   signal.signal(signal.SIGALRM, end_now)
+  child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, start_new_session=True)
+  if asked:
+    end()
   assert child.stdout is not None
   for line in child.stdout:
     if not _write(number, line) and not asked:
@@ -128,16 +134,17 @@ def _write(number: int, line: bytes) -> bool:
 def main(argv: list[str]) -> int:
   parser = argparse.ArgumentParser(prog='on_host')
   parser.add_argument('--hosts_per_slice', type=int, default=1)
+  parser.add_argument('--grace', type=int, default=60, help='seconds to save, once asked to end')
   parser.add_argument('--lock')
   parser.add_argument('--failures')
   parser.add_argument('--stop', action='store_true')
   parser.add_argument('command', nargs='*')
   given = parser.parse_args(argv)
-  with alone(given.lock):
+  with alone(given.lock, given.grace):
     if given.stop:
       return 0
     number = host_number(given.hosts_per_slice, dict(os.environ))
-    status = run(given.command, number)
+    status = run(given.command, number, given.grace)
   if given.failures and status not in NOT_ITS_OWN:
     with open(given.failures, 'a') as file:
       file.write(f'{status}\n')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -48,7 +47,8 @@ def source_of(root: Path, *, allow_dirty: bool) -> Source:
     raise InputError('what is shipped is a commit, and there is none', where=root,
                      expected='a git repository with a commit', found=found.reason)
   head = found.out.strip()
-  changed, unknown = [], []
+  changed: list[str] = []
+  unknown: list[str] = []
   for line in must([*git, 'status', '--porcelain']).splitlines():
     (unknown if line.startswith('??') else changed).append(line[3:])
   if unknown:
@@ -83,8 +83,9 @@ def check_command(command: Sequence[str], source: Source, *, buckets: bool) -> N
       run folder is not where it survives.
   """
   if len(command) < 2 or command[0] != '-m' or command[1].startswith('-'):
-    raise InputError('there is nothing to run', where='launch', found=' '.join(command) or 'nothing',
-                     expected='a module after --, as in -- -m experiments.irpo --run_dir=...')
+    raise InputError('there is nothing to run', where='launch',
+                     expected='a module after --, as in -- -m experiments.irpo --run_dir=...',
+                     found=' '.join(command) or 'nothing')
   module = command[1]
   if not re.fullmatch(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*', module):
     raise InputError('this is no module', where='-m', found=module,
@@ -93,26 +94,31 @@ def check_command(command: Sequence[str], source: Source, *, buckets: bool) -> N
   if not any(_has(source, path) for path in (f'{base}.py', f'{base}/__main__.py')):
     raise InputError('the commit has no such module', where=f'-m {module}',
                      expected=f'{base}.py in {source.name}')
-  run_dir = None
   for word in command[2:]:
     name, _, value = word.lstrip('-').partition('=')
     if name == 'flagfile':
       _check_flag_file(source, value)
-    elif name == 'run_dir':
-      run_dir = value
     if '://' in value:
       check_bucket_path(value, where=f'--{name}')
     elif buckets and value.startswith(('/', '~')) and name != 'run_dir':
       raise InputError('the path is one of this machine', where=f'--{name}',
                        expected='gs://BUCKET/FOLDER, or a path in the repository', found=value)
   if buckets:
-    check_bucket_path(run_dir or '', where='--run_dir')
+    check_bucket_path(run_dir_of(command), where='--run_dir')
+
+
+def run_dir_of(command: Sequence[str]) -> str:
+  """The run folder that the command names; '' where it does not."""
+  given = [word.partition('=')[2] for word in command
+           if re.match('--?run_dir=', word)]
+  return given[-1] if given else ''
 
 
 def _check_flag_file(source: Source, path: str) -> None:
   if not path or Path(path).is_absolute() or '..' in Path(path).parts or not _has(source, path):
-    raise InputError('the commit has no such flag file', where='--flagfile', found=path or 'nothing',
-                     expected=f'the path of a file of {source.name}, from the top of the repository')
+    raise InputError('the commit has no such flag file', where='--flagfile',
+                     expected=f'a path in {source.name}, from the top of the repository',
+                     found=path or 'nothing')
 
 
 def _has(source: Source, path: str) -> bool:
@@ -139,8 +145,8 @@ def check_flags(command: Sequence[str], root: Path) -> None:
   Raises:
     InputError: what the module says of them.
   """
-  done = capture(['env', '-C', str(root), 'JAX_PLATFORMS=cpu', sys.executable, '-c', _READ_FLAGS,
-                  *command[1:]])
+  done = capture([sys.executable, '-c', _READ_FLAGS, *command[1:]], cwd=root,
+                 extra={'JAX_PLATFORMS': 'cpu'})
   if done.status:
     raise InputError(f'the flags are refused: {done.reason.removeprefix("error: ")}',
                      where=command[1], fix='--nocheck_flags leaves this out')
@@ -155,11 +161,10 @@ def define_flags() -> None:
 
 def source_from_flags(command: Sequence[str], *, buckets: bool) -> Source:
   """What the flags above say is shipped, once the command and its flags are known to be good."""
-  root = Path(os.environ.get('JAXRL_ROOT') or ROOT)
-  source = source_of(root, allow_dirty=flags.FLAGS.allow_dirty)
+  source = source_of(ROOT, allow_dirty=flags.FLAGS.allow_dirty)
   check_command(command, source, buckets=buckets)
   if flags.FLAGS.check_flags:
-    check_flags(command, root)
+    check_flags(command, source.root)
   return source
 
 

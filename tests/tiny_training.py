@@ -12,7 +12,7 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.loop import put_batch
 from jaxrl.training.objectives import preference_objective, sft_objective
-from jaxrl.training.optimizer import OptimizerConfig, make_optimizer
+from jaxrl.training.optimizer import OptimizerConfig, guarded, make_optimizer
 from jaxrl.training.score import score_rows
 from jaxrl.training.step import init_state, train_step
 from tests.tiny_model import CONFIG, QUICK, random_params
@@ -22,7 +22,7 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.1
 LENGTHS = (16,)
 PAD = 0
 # Momentum and clipping, but no division by a root: an update is as exact as its gradient.
-MOMENTUM = optax.chain(optax.clip_by_global_norm(0.5), optax.trace(0.9))
+MOMENTUM = guarded(optax.chain(optax.clip_by_global_norm(0.5), optax.trace(0.9)))
 
 
 def one_device():

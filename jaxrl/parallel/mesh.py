@@ -32,7 +32,8 @@ def make_mesh(
     devices: defaults to `jax.devices()`.
 
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or would split parameters
+      between slices.
   """
   devices = list(jax.devices() if devices is None else devices)
   if data < 1 or tensor < 1 or sequence < 1 or (fsdp is not None and fsdp < 1):
@@ -50,10 +51,25 @@ def make_mesh(
         found=f'{data} * {fsdp} * {tensor} * {sequence} = {product}',
         fix='Change --mesh, or leave it out to put all devices on fsdp')
   explicit = (jax.sharding.AxisType.Explicit,) * len(AXES)
+  return jax.sharding.Mesh(
+      _placed((data, fsdp, sequence, tensor), devices), AXES, axis_types=explicit)
+
+
+def _placed(sizes: tuple[int, int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """The devices laid out by `sizes`; between slices, whose network is slow, lies `data` alone."""
+  # Hosts of GPUs are slices too, but fast enough between each other to split parameters.
+  slices = len({getattr(d, 'slice_index', None) or 0 for d in devices if d.platform == 'tpu'})
+  data, *inner = sizes
   # Sizes that are no product of the sides of a torus split one of its sides.
-  placed = mesh_utils.create_device_mesh(
-      (data, fsdp, sequence, tensor), devices, allow_split_physical_axes=True)
-  return jax.sharding.Mesh(placed, AXES, axis_types=explicit)
+  if slices <= 1:
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  if data % slices:
+    raise InputError(
+        'parameters would be split between slices, over the network', where='mesh',
+        expected=f'data to be a multiple of the {slices} slices', found=f'data={data}',
+        fix=f'Set the first number of --mesh to {slices}')
+  return mesh_utils.create_hybrid_device_mesh(
+      (data // slices, *inner), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def ways(mesh: jax.sharding.Mesh) -> int:

@@ -7,6 +7,7 @@ the scan, into the GATHERED layout; the transpose of that gather is the reduce-s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -85,10 +86,43 @@ def shard(x: jax.Array, *names: str | None, rules: Rules = ACTIVATION) -> jax.Ar
   return jax.sharding.reshard(x, _current_spec(names, rules))
 
 
-def contract(pattern: str, x: jax.Array, w: jax.Array, *names: str | None, **kwargs) -> jax.Array:
+def contract(pattern: str, x: jax.Array, w: jax.Array, *names: str | None) -> jax.Array:
   """einsum whose result is laid out by `names`; sums over a split dimension are reduced here."""
-  out = _current_spec(names, ACTIVATION) if _explicit_mesh() else None
-  return jnp.einsum(pattern, x, w, out_sharding=out, **kwargs)
+  return _product(pattern, _current_spec(names, ACTIVATION) if _explicit_mesh() else None, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(pattern: str, out: PartitionSpec | None, x: jax.Array, w: jax.Array) -> jax.Array:
+  # Rounded outside: with a bfloat16 result XLA on CPU takes a routine that is 1.2 times slower.
+  return jnp.einsum(
+      pattern, x, w, out_sharding=out, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _product_forward(pattern, out, x, w):
+  return _product(pattern, out, x, w), (x, w)
+
+
+def _product_backward(pattern, out, saved, g):
+  """Both gradients, each product written as its result is laid out, of operands that exist.
+
+  What differentiation writes by itself is the transpose of a product [out, in], and XLA on CPU then
+  computes the cotangent, with all elementwise gradients before it, into a transposed copy. A DPO
+  step of a 58M model took 1.9 s so and 1.75 s like this, on two cores.
+  """
+  (left, right), result = pattern.split('->')[0].split(','), pattern.split('->')[1]
+  (x, w), g = jax.lax.optimization_barrier((saved, g))
+
+  def laid_out(like):
+    return jax.typeof(like).sharding.spec if _explicit_mesh() else None
+
+  dx = jnp.einsum(f'{result},{right}->{left}', g, w, out_sharding=laid_out(x),
+                  preferred_element_type=jnp.float32)
+  dw = jnp.einsum(f'{left},{result}->{right}', x, g, out_sharding=laid_out(w),
+                  preferred_element_type=jnp.float32)
+  return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _manual_axis(name: str) -> str | None:

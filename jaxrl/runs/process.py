@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_pages() -> None:
@@ -26,8 +26,8 @@ def keep_pages() -> None:
     mallopt = ctypes.CDLL('libc.so.6').mallopt
   except (OSError, AttributeError):
     return
-  mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-  mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+  mallopt(_M_MMAP_MAX, 0)            # blocks of any size come from the heap
+  mallopt(_M_TRIM_THRESHOLD, -1)     # which never shrinks
   mallopt(_M_ARENA_MAX, 1)
 
 

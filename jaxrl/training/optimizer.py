@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl.errors import InputError
+from jaxrl.training.adam import scale_by_adam
 from jaxrl.training.adam8bit import scale_by_adam8bit
 
 SCHEDULES = ('constant', 'linear', 'cosine')
@@ -85,10 +86,11 @@ def check_optimizer(config: OptimizerConfig) -> None:
                        found=config.optimizer, fix='Leave it out')
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
   """Clip, scale by moments, decay matrices: the direction, which the step scales by -lr.
 
   The learning rate is an argument of the step, so that one compiled program serves every schedule.
+  `update` takes `finite`, bool []: where it is False the state stays as it was.
   """
   check_optimizer(config)
   parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
@@ -99,16 +101,26 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
   return optax.chain(*parts)
 
 
+def guarded(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """`tx` with an `update` that takes `finite`, and keeps its state where that is False."""
+
+  def update(grads, state, params=None, *, finite: jax.Array | bool = True, **extra):
+    updates, after = tx.update(grads, state, params, **extra)
+    return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 def _scaling(config: OptimizerConfig) -> optax.GradientTransformation:
   """What turns clipped gradients into directions of about unit size."""
   if config.optimizer == 'adafactor':
     # An absolute learning rate, as of the others: optax's multiply_by_parameter_scale is left out.
-    return optax.chain(_laid_out_by_use(optax.scale_by_factored_rms()),
-                       optax.clip_by_block_rms(1.0))
+    return guarded(optax.chain(_laid_out_by_use(optax.scale_by_factored_rms()),
+                               optax.clip_by_block_rms(1.0)))
   if config.optimizer == 'adamw8bit':
-    return scale_by_adam8bit(config.b1, config.b2, block=config.moment_block)
+    return guarded(scale_by_adam8bit(config.b1, config.b2, block=config.moment_block))
   mu_dtype = None if config.moment_dtype == 'float32' else jnp.dtype(config.moment_dtype)
-  return optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=mu_dtype)
+  return scale_by_adam(config.b1, config.b2, mu_dtype=mu_dtype)
 
 
 def _laid_out_by_use(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -33,7 +33,7 @@ class TrainState:
 
 
 def init_state(
-    params: dict, tx: optax.GradientTransformation, loss_state: dict | None = None
+    params: dict, tx: optax.GradientTransformationExtraArgs, loss_state: dict | None = None
 ) -> TrainState:
   """Step 0 with a fresh optimizer state."""
   # Moments are float32 whatever the parameters are kept in.
@@ -49,7 +49,7 @@ def train_step(
     frozen: dict | None = None,
     *,
     objective: Objective,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     micro_batches: int = 1,
 ) -> tuple[TrainState, Metrics]:
   """The next state and metrics as (total, count).
@@ -68,7 +68,7 @@ def train_step(
   return apply_gradients(state, found, learning_rate, tx=tx)
 
 
-def offloaded_step(*, objective: Objective, tx: optax.GradientTransformation,
+def offloaded_step(*, objective: Objective, tx: optax.GradientTransformationExtraArgs,
                    micro_batches: int = 1) -> Callable[..., tuple[TrainState, Metrics]]:
   """`train_step` as two compiled programs, for a state that `offload_optimizer` has moved.
 
@@ -161,24 +161,28 @@ def apply_gradients(
     found: tuple[dict, dict, Metrics],
     learning_rate: jax.Array,   # [] float32
     *,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
 ) -> tuple[TrainState, Metrics]:
-  """The next state from what `gradients` found; moments in the host's memory go back there."""
+  """The next state from what `gradients` found; moments in the host's memory go back there.
+
+  `tx.update` takes `finite` and keeps its state where that is False (`optimizer.guarded`).
+  """
   grads, loss_state, metrics = found
   grad_norm = optax.global_norm(grads)
   rested = jax.tree.map(_on_device, state.opt_state)
-  with jax.numpy_dtype_promotion('standard'):   # optax mixes floats with int32 counts
-    updates, opt_state = tx.update(grads, rested, state.params)
-    updates = jax.tree.map(lambda u: -learning_rate * u, updates)
-    moved = optax.apply_updates(state.params, updates)
   # Known before any update: waiting for all of them would keep all new moments beside the old.
   finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics['loss'].total)
 
   def keep(new, old):
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+  with jax.numpy_dtype_promotion('standard'):   # optax mixes floats with int32 counts
+    updates, opt_state = tx.update(grads, rested, state.params, finite=finite)
+    updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+    params = keep(optax.apply_updates(state.params, updates), state.params)
   one, update_norm = jnp.ones((), jnp.float32), optax.global_norm(updates)
-  wide = jax.tree.map(lambda p: p.astype(jnp.float32), state.params)
+  # Of the new ones: whatever else reads the old ones makes the compiler copy them all first.
+  wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
   metrics = metrics | {
       'grad_norm': Mean(grad_norm, one),
       'update_norm': Mean(update_norm, one),
@@ -187,8 +191,8 @@ def apply_gradients(
       'skipped_in_a_row': Mean(jnp.where(finite, 0.0, state.skipped + 1.0), one),
   }
   return TrainState(
-      state.step + 1, jnp.where(finite, 0, state.skipped + 1), keep(moved, state.params),
-      jax.tree.map(_as_it_lay, keep(opt_state, rested), state.opt_state),
+      state.step + 1, jnp.where(finite, 0, state.skipped + 1), params,
+      jax.tree.map(_as_it_lay, opt_state, state.opt_state),
       keep(loss_state, state.loss_state)), metrics
 
 

@@ -1,8 +1,9 @@
-"""Collectives of a compiled program: how often each runs, over which mesh axes, with how many bytes.
+"""Collectives of a compiled program: how often each runs, over which mesh axes, and its bytes.
 
 A TPU program spells one collective in several ways: as itself, as a pair of start and done, as the
-first of several fusions that carry it through other work (`AsyncCollectiveStart`), and a
-reduce-scatter as an all-reduce inside a fusion named all-reduce-scatter. Each is counted once.
+first of several fusions that carry it through other work (`AsyncCollectiveStart`), a reduce-scatter
+as an all-reduce inside a fusion named all-reduce-scatter, and what goes between slices as a send to
+the host. Each is counted once. Within a slice, devices are numbered as those of the first one.
 """
 
 from __future__ import annotations
@@ -45,16 +46,25 @@ class Collective:
     return (2.0 if self.kind == 'all-reduce' else 1.0) * self.size * (n - 1) / n
 
 
-def collectives(text: str, devices: int, *, unknown: float = 1.0) -> list[Collective]:
-  """All collectives between two devices or more, of a program for so many.
+def collectives(
+    text: str, devices: int, *, slices: int = 1, unknown: float = 1.0
+) -> list[Collective]:
+  """All collectives between two devices or more.
 
-  `unknown` is how often loops run whose length is known at run time alone.
+  Args:
+    devices: that the program is for, over all slices.
+    unknown: how often loops run whose length is known at run time alone.
   """
   computations, entry = parse(text)
   found = []
   for name, times in runs(computations, entry, unknown).items():
     body = computations[name]
     for i in body.values():
+      between = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
+      if i.name == 'send' and between:      # the devices of other slices at the same place
+        kind = between[1].lower().replace('_', '-')
+        group = tuple(range(0, devices, devices // slices))
+        found.append(Collective(kind, group, size_bytes(body[i.operands[0]].kind), times))
       kind = i.name.removesuffix('-start')
       if kind not in KINDS or not _begins(i, body):
         continue

@@ -68,8 +68,11 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int | None:
   """How often a `while` runs that counts from 0 by 1, as every scan does; None: known at run time.
 
-  XLA keeps no count in its text, but the bound that the counter is compared with is a constant.
+  XLA for TPUs keeps no count in its text, but the bound that the counter is compared with is a
+  constant.
   """
+  if found := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+    return int(found[1])
   condition = computations[loop.called('condition')]
   last = list(condition.values())[-1]
   if last.name != 'compare' or 'direction=LT' not in last.rest:

@@ -1,7 +1,7 @@
 """config.json of published models by name, for plans of models that are not on this machine.
 
-Sizes as in the repositories of those names on huggingface.co; Llama 2: Touvron et al. 2023, Llama 3:
-Grattafiori et al. 2024, table 3.
+Sizes as in the repositories of those names on huggingface.co; Llama 2: Touvron et al. 2023,
+Llama 3: Grattafiori et al. 2024, table 3.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ class Setting:
   compute: ComputePolicy
   param_dtype: str
   optimizer: OptimizerConfig
+  offloads: bool                    # the optimizer's state rests in the memory of the host
   loss: str
   loss_options: dict
   layout: str
@@ -89,8 +90,9 @@ def read_setting(
                     _within('response_tokens', response_tokens, FLAGS.max_new_tokens))
   setting = Setting(
       model=model, adapted=lora_flags.adapted(model), compute=common_flags.compute_policy(),
-      param_dtype=FLAGS.param_dtype, optimizer=common_flags.optimizer_config(), loss=config.loss,
-      loss_options=config.loss_options, layout=FLAGS.layout, batch_size=FLAGS.batch_size,
+      param_dtype=FLAGS.param_dtype, optimizer=common_flags.optimizer_config(),
+      offloads=FLAGS.offload_optimizer, loss=config.loss, loss_options=config.loss_options,
+      layout=FLAGS.layout, batch_size=FLAGS.batch_size,
       pack_multiple=FLAGS.pack_multiple,
       buckets=common_flags.length_buckets(rounds_flags.longest_row()),
       score_batch=FLAGS.score_batch, sampling=config.sampling,
@@ -116,5 +118,11 @@ def _within(name: str, value: int | None, most: int) -> int:
 def _given_mesh() -> tuple[int, int, int, int] | None:
   if FLAGS.mesh is None:
     return None
-  data, fsdp, sequence, tensor = common_flags.mesh_sizes()
+  try:
+    data, fsdp, tensor, *rest = (int(size) for size in FLAGS.mesh)
+    (sequence,) = rest or (1,)
+  except ValueError:
+    raise InputError('the mesh cannot be read', where='--mesh',
+                     expected='whole numbers data,fsdp,tensor or data,fsdp,tensor,sequence',
+                     found=','.join(FLAGS.mesh)) from None
   return data, fsdp, sequence, tensor

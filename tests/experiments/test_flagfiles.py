@@ -48,10 +48,9 @@ RULES = {
 # How fast and where, not what.
 MACHINE = {
     'run_dir', 'model', 'train', 'test', 'seed', 'mesh', 'remat', 'logp_chunk', 'micro_batches',
-    'length_buckets', 'layout', 'pack_shapes', 'pack_multiple', 'log_every',
-    'offload_optimizer', 'on_nonfinite', 'peak_tflops', 'moment_dtype', 'keep', 'keep_every', 'slots', 'cadence',
-    'rollout_tensor', 'kv_cache', 'shrink_slots',
-    'score_batch'}
+    'length_buckets', 'layout', 'pack_shapes', 'pack_multiple', 'log_every', 'offload_optimizer',
+    'on_nonfinite', 'peak_tflops', 'moment_dtype', 'keep', 'keep_every', 'slots', 'cadence',
+    'rollout_tensor', 'kv_cache', 'shrink_slots', 'score_batch'}
 # What of the rows is read; the tasks know their own files.
 ROWS = {'prompt_field', 'answer_field', 'id_field', 'template', 'train_limit', 'test_limit'}
 

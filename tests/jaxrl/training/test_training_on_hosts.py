@@ -50,7 +50,8 @@ def end_of(folder, name):
   return jax.tree.map(np.asarray, state)
 
 
-@pytest.mark.parametrize(('processes', 'devices'), [(2, 2), (4, 1)])
+@pytest.mark.parametrize(('processes', 'devices'), [
+    (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_a_run_on_several_hosts(tmp_path, processes, devices):
   last = processes - 1
   said = run(

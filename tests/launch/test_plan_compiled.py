@@ -1,0 +1,100 @@
+"""Programs compiled for TPUs that are not there: memory and collectives of 8B and 70B held.
+
+They need libtpu (`pip install --target=FOLDER libtpu==0.0.42.1`, FOLDER on PYTHONPATH). The numbers
+are those of that version and jax 0.10.2; another compiler may move them, which is worth knowing.
+"""
+
+import importlib.util
+
+import pytest
+
+from jaxrl.sampling.requests import SamplingConfig
+from jaxrl.sampling.sizes import EngineConfig
+from jaxrl.training.logps import ComputePolicy
+from jaxrl.training.optimizer import OptimizerConfig
+from launch.planning import programs
+from launch.planning.chips import parse_topology
+from launch.planning.figures import compile_figures, traffic
+from launch.planning.layout import Layout, parameter_bytes, train_bytes
+from launch.planning.plan import rollout_programs
+from launch.planning.published import model_config
+from launch.planning.setting import Lengths, Setting
+from launch.planning.workload import training_rows
+
+GIB = 2**30
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason='libtpu, which compiles for TPUs, is not installed')
+
+
+def setting(model, **fields):
+  """IRPO with rows as long as on GSM8K."""
+  return Setting(**dict(
+      model=model_config(model), adapted=None, compute=ComputePolicy(), param_dtype='float32',
+      optimizer=OptimizerConfig(7e-7), offloads=False, loss='irpo',
+      loss_options={'beta': 0.1, 'alpha': 1.0, 'nll_reduction': 'seq'}, layout='packed',
+      batch_size=16, pack_multiple=64, buckets=(1024,), score_batch=32,
+      sampling=SamplingConfig(512), engine=EngineConfig(slots=256), max_prompt=512, draws=8,
+      looks=False, lengths=Lengths(512, 512)) | fields)
+
+
+def gathers(figures, topology, mesh):
+  """(kind, axis) -> how many of them a call has."""
+  return {(t.kind, t.axis): round(t.count) for t in traffic(figures, topology, mesh)}
+
+
+@pytest.mark.parametrize('name, fsdp, working', [('v5e:4x4', 16, 1.1), ('v5p:2x2x1', 4, 1.1)])
+def test_scoring_8b(name, fsdp, working):
+  """Every matrix of every layer is gathered once, and no other memory is taken than one layer's."""
+  topology, layout = parse_topology(name, 1), Layout(1, fsdp, 1, 1, 1, 'attn', 32)
+  mesh = programs.training_mesh(topology, layout)
+  s = setting('Llama-3.1-8B')
+  figures = compile_figures(
+      programs.lower_score(s, layout, mesh), topology, unknown=4.5, store=None)
+  assert figures.refused is None
+  masters = parameter_bytes(s.model, 'float32', layout.sizes)
+  assert abs(figures.arguments / masters - 1) < 0.01
+  assert (figures.needed - masters) / GIB < working * SCORE_WORKING[name]
+  assert gathers(figures, topology, mesh) == SCORE_COLLECTIVES[name]
+
+
+SCORE_WORKING: dict = {}
+SCORE_COLLECTIVES: dict = {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model, name, layout', [
+    ('Llama-3.1-8B', 'v5p:2x2x4', Layout(1, 16, 1, 1, 1, 'attn', 32)),
+    ('Llama-3.1-8B', 'v5e:4x4', Layout(1, 16, 1, 1, 1, 'nothing', 32)),
+    ('Llama-2-70b-chat-hf', 'v5p:4x4x4', Layout(1, 8, 1, 8, 1, 'attn', 32)),
+])
+def test_training(model, name, layout):
+  """The arithmetic of resting bytes is exact; that of the rest is within a third."""
+  topology = parse_topology(name, 1)
+  s, mesh = setting(model), programs.training_mesh(topology, layout)
+  figures = compile_figures(
+      programs.lower_train(s, layout, mesh), topology, unknown=12.5, store=None)
+  found = train_bytes(s, layout, training_rows(s, layout))
+  assert abs(figures.arguments / (found.parameters + found.optimizer) - 1) < 0.02
+  assert abs(figures.needed / (found.total - found.start) - 1) < 1 / 3
+  counts = gathers(figures, topology, mesh)
+  shards = 'fsdp'
+  layers = s.model.n_layers
+  # Seven matrices and two norms of every layer, in both passes, and those at the ends.
+  assert 14 * layers <= counts['all-gather', shards] <= 18 * layers + 8
+  reduced = counts.get(('reduce-scatter', shards), 0) + counts.get(('all-reduce', shards), 0)
+  assert 0 < reduced <= 9 * layers + 16
+
+
+@pytest.mark.slow
+def test_rollouts_of_8b():
+  topology = parse_topology('v5e:2x2', 1)
+  prefill, decode = rollout_programs(
+      setting('Llama-3.1-8B', param_dtype='bfloat16'), topology,
+      Layout(1, 4, 1, 1, 1, 'attn', 32), 4, compiles=True, store=None)
+  assert decode.compiled and prefill.compiled
+  kinds = {(t.kind, t.axis) for t in decode.traffic}
+  assert kinds == {('all-reduce', 'tensor'), ('all-gather', 'tensor')}
+  (reduced,) = [t for t in decode.traffic if t.kind == 'all-reduce']
+  # Two sums per layer, and the embedding's.
+  assert reduced.count == 2 * 32 + 1
