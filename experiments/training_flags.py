@@ -52,7 +52,7 @@ flags.DEFINE_enum('on_nonfinite', 'stop', NONFINITE, 'What is done about a step 
 flags.DEFINE_integer('max_skips', 3, 'Most such steps in a row.', lower_bound=1)
 flags.DEFINE_float('peak_tflops', None, 'Of one device, for the utilisation in the log; default: '
                    'known for some devices.', lower_bound=0.0)
-flags.DEFINE_integer('keep', 2, 'Newest checkpoints of a training that are kept while it goes on.',
+flags.DEFINE_integer('keep_last', 2, 'Newest checkpoints of a training that are kept while it goes on.',
                      lower_bound=1)
 flags.DEFINE_integer('keep_every', None, 'Keep the checkpoint of every so many steps as well.',
                      lower_bound=1)
@@ -89,13 +89,13 @@ def loop_config(rows: int, epochs: float, max_steps: int | None) -> LoopConfig:
   steps = math.ceil(epochs * epoch)
   return LoopConfig(
       min(steps, max_steps or steps), FLAGS.log_every, FLAGS.save_every, steps_per_epoch=epoch,
-      keep=FLAGS.keep, keep_every=FLAGS.keep_every)
+      keep=FLAGS.keep_last, keep_every=FLAGS.keep_every)
 
 
 def check_devices(mesh: jax.sharding.Mesh) -> None:
   """Raises InputError where batches do not divide over the devices, or saves fall between logs."""
   check_loop(
-      LoopConfig(1, FLAGS.log_every, FLAGS.save_every, keep=FLAGS.keep,
+      LoopConfig(1, FLAGS.log_every, FLAGS.save_every, keep=FLAGS.keep_last,
                  keep_every=FLAGS.keep_every),
       batch_size=FLAGS.batch_size, micro_batches=FLAGS.micro_batches, mesh=mesh,
       packed=FLAGS.layout == 'packed')

@@ -180,7 +180,7 @@ def check_loop(
                      where='--save_every', expected=f'a multiple of --log_every={config.log_every}',
                      found=config.save_every)
   if config.keep < 1:
-    raise InputError('a run could not go on without a checkpoint', where='--keep',
+    raise InputError('a run could not go on without a checkpoint', where='--keep_last',
                      expected='at least 1', found=config.keep)
   if config.keep_every is not None and (
       config.keep_every < 1 or config.keep_every % config.save_every):

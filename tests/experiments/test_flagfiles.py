@@ -49,7 +49,7 @@ RULES = {
 MACHINE = {
     'run_dir', 'model', 'train', 'test', 'seed', 'mesh', 'remat', 'logp_chunk', 'micro_batches',
     'length_buckets', 'layout', 'pack_shapes', 'pack_multiple', 'log_every', 'offload_optimizer',
-    'on_nonfinite', 'peak_tflops', 'moment_dtype', 'keep', 'keep_every', 'slots', 'cadence',
+    'on_nonfinite', 'peak_tflops', 'moment_dtype', 'keep_last', 'keep_every', 'slots', 'cadence',
     'rollout_tensor', 'kv_cache', 'shrink_slots', 'score_batch'}
 # What of the rows is read; the tasks know their own files.
 ROWS = {'prompt_field', 'answer_field', 'id_field', 'template', 'train_limit', 'test_limit'}

@@ -68,7 +68,7 @@ ALWAYS = {
     'learning_rate',
     'schedule', 'warmup_steps', 'weight_decay', 'clip_norm', 'batch_size',
     'micro_batches', 'epochs', 'max_steps', 'length_buckets', 'log_every', 'save_every', 'layout',
-    'optimizer', 'offload_optimizer', 'on_nonfinite', 'peak_tflops', 'keep', 'keep_every',
+    'optimizer', 'offload_optimizer', 'on_nonfinite', 'peak_tflops', 'keep_last', 'keep_every',
     'train_limit', 'test_limit', 'over_length', 'iterations', 'samples_per_prompt', 'temperature',
     'top_p', 'max_new_tokens', 'max_prompt_length', 'pairs_per_prompt', 'max_pairs', 'beta',
     'nll_alpha', 'lora_rank', 'dev_prompts', 'votes', 'slots', 'cadence',

@@ -343,7 +343,7 @@ def test_batches_are_spread_over_the_devices():
     (LoopConfig(0), 16, 1, '--steps: .*at least 1; found 0'),
     (LoopConfig(5, 0, 4), 16, 1, '--save_every'),
     (LoopConfig(5, 3, 4), 16, 1, '--save_every: .*multiple of --log_every=3; found 4'),
-    (LoopConfig(5, 2, 4, keep=0), 16, 1, '--keep: .*at least 1; found 0'),
+    (LoopConfig(5, 2, 4, keep=0), 16, 1, '--keep_last: .*at least 1; found 0'),
     (LoopConfig(5, 2, 4, keep_every=6), 16, 1,
      '--keep_every: .*multiple of --save_every=4; found 6'),
     (LoopConfig(5, 2, 4), 12, 1, '--batch_size: .*multiple of 8 .*found 12'),
