@@ -52,8 +52,8 @@ flags.DEFINE_enum('on_nonfinite', 'stop', NONFINITE, 'What is done about a step 
 flags.DEFINE_integer('max_skips', 3, 'Most such steps in a row.', lower_bound=1)
 flags.DEFINE_float('peak_tflops', None, 'Of one device, for the utilisation in the log; default: '
                    'known for some devices.', lower_bound=0.0)
-flags.DEFINE_integer('keep_last', 2, 'Newest checkpoints of a training that are kept while it goes on.',
-                     lower_bound=1)
+flags.DEFINE_integer('keep_last', 2, 'Newest checkpoints of a training that are kept while it '
+                     'goes on.', lower_bound=1)
 flags.DEFINE_integer('keep_every', None, 'Keep the checkpoint of every so many steps as well.',
                      lower_bound=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,7 @@ from launch.planning.chips import Topology, link_bandwidth
 from launch.planning.collectives import collectives, mesh_axes
 from launch.planning.hlo_bytes import Loop, loops
 
-VERSION = 1                   # of what is read from a program; older figures are not used
+SIZES = ('argument', 'output', 'alias', 'temp', 'generated_code', 'host_argument', 'host_temp')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,55 +55,74 @@ class Figures:
   refused: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler said, as it is kept on disk."""
+
+  sizes: dict[str, int]       # of `memory_analysis`
+  seconds: float
+  refused: str | None
+
+
 def compile_figures(
     lowered: jax.stages.Lowered, topology: Topology, *, unknown: float, store: Path | None
 ) -> Figures:
-  """Compiles, or finds the figures of the same program for the same topology in `store`.
+  """Compiles, or reads again what is in `store` of the same program for the same topology.
 
   Args:
     unknown: trips of loops whose length is known at run time alone, for what is counted.
   """
   text = lowered.as_text()
   versions = [f'{name} {importlib.metadata.version(name)}' for name in ('jax', 'jaxlib', 'libtpu')]
-  key = hashlib.sha256(
-      '\n'.join([text, str(topology), str(unknown), str(VERSION), *versions]).encode()).hexdigest()
-  path = None if store is None else store / f'{key[:32]}.json'
-  if path is not None and path.exists():
-    return _read(json.loads(path.read_text()))
+  key = hashlib.sha256('\n'.join([text, str(topology), *versions]).encode()).hexdigest()[:32]
+  if store is not None and (store / f'{key}.json').exists():
+    said = Compiled(**json.loads((store / f'{key}.json').read_text()))
+    program = gzip.decompress((store / f'{key}.hlo.gz').read_bytes()).decode()
+  else:
+    said, program = _compile(lowered)
+    if store is not None:
+      store.mkdir(parents=True, exist_ok=True)
+      _write(store / f'{key}.hlo.gz', gzip.compress(program.encode()))
+      _write(store / f'{key}.json', json.dumps(dataclasses.asdict(said)).encode())
+  if said.refused is not None:
+    return _refused(said.refused, said.seconds)
+  return _figures(said, program, topology, unknown)
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[Compiled, str]:
   start = time.perf_counter()
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    figures = _refused(str(error), time.perf_counter() - start)
-  else:
-    figures = _figures(compiled, topology, unknown, time.perf_counter() - start)
-  if path is not None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f'.{os.getpid()}')
-    partial.write_text(json.dumps(dataclasses.asdict(figures)))
-    partial.replace(path)
-  return figures
-
-
-def _figures(
-    compiled: jax.stages.Compiled, topology: Topology, unknown: float, seconds: float
-) -> Figures:
+    return Compiled({}, time.perf_counter() - start, str(error)), ''
+  seconds = time.perf_counter() - start
   memory, text = compiled.memory_analysis(), compiled.as_text()
   assert memory is not None and text is not None, 'the compiler of TPUs gives both'
+  return Compiled({name: getattr(memory, f'{name}_size_in_bytes') for name in SIZES}, seconds,
+                  None), text
+
+
+def _write(path: Path, content: bytes) -> None:
+  """Whole or not at all, however many plans share the folder."""
+  partial = path.with_name(f'{path.name}.{os.getpid()}')
+  partial.write_bytes(content)
+  partial.replace(path)
+
+
+def _figures(said: Compiled, text: str, topology: Topology, unknown: float) -> Figures:
   gathered: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-  for one in collectives(
-      text, topology.chips, slices=topology.slices, unknown=unknown):
+  for one in collectives(text, topology.chips, slices=topology.slices, unknown=unknown):
     counts = gathered[one.kind, one.group]
     counts[0] += one.runs
     counts[1] += one.runs * one.sent
-  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  size = said.sizes
+  outputs = size['output'] - size['alias']
   return Figures(
-      memory.argument_size_in_bytes, memory.temp_size_in_bytes, outputs,
-      memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
-      + memory.generated_code_size_in_bytes,
-      memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes, seconds, loops(text),
+      size['argument'], size['temp'], outputs,
+      size['argument'] + size['temp'] + outputs + size['generated_code'],
+      size['host_argument'] + size['host_temp'], said.seconds, loops(text),
       tuple(Moved(*key, *counts) for key, counts in gathered.items()))
 
 
@@ -113,15 +133,6 @@ def _refused(message: str, seconds: float) -> Figures:
       r'required for HLO temporaries \(([\d.]+)([KMG])\)', said)
   needed = math.ceil(float(found[1]) * 2 ** (10 * ('KMG'.index(found[2]) + 1))) if found else 0
   return Figures(0, 0, 0, needed, 0, seconds, Loop(0, ()), (), said[:300])
-
-
-def _read(stored: dict) -> Figures:
-  def loop(x: dict) -> Loop:
-    return Loop(x['moved'], tuple(map(loop, x['inner'])), x['trips'])
-
-  moved = tuple(Moved(x['kind'], tuple(x['group']), x['runs'], x['sent'])
-                for x in stored['collectives'])
-  return Figures(**{**stored, 'program': loop(stored['program']), 'collectives': moved})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ update in place writes the update. Padding of tiles is not counted.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from launch.planning.hlo import (
     ARRAY,
@@ -107,7 +108,25 @@ def _read_from(inside: Computation, name: str, computations: dict[str, Computati
 
 def _written(inside: Computation, fusion: Instruction) -> int:
   root = list(inside.values())[-1]
-  if root.name in ('dynamic-update-slice', 'scatter') and memory_bytes(fusion.kind):
-    update = root.operands[1 if root.name == 'dynamic-update-slice' else 2]
+  if root.name != 'tuple':
+    return _result_written(inside, root, fusion.kind)
+  return sum(_result_written(inside, inside[o], kind) for o, kind in zip(
+      root.operands, _arrays(fusion.kind), strict=True))
+
+
+def _arrays(kind: str) -> list[str]:
+  """The arrays of a tuple, one by one."""
+  return [found[0] for found in ARRAY.finditer(re.sub(r'/\*.*?\*/', '', kind))]
+
+
+def _result_written(inside: Computation, result: Instruction, kind: str) -> int:
+  """Bytes of one result, of an array that is updated in place the update alone.
+
+  `kind` says where it lies; shapes inside of a fusion do not.
+  """
+  while result.name == 'bitcast':
+    result = inside[result.operands[0]]
+  if result.name in ('dynamic-update-slice', 'scatter') and memory_bytes(kind):
+    update = result.operands[1 if result.name == 'dynamic-update-slice' else 2]
     return size_bytes(inside[update].kind)
-  return memory_bytes(fusion.kind)
+  return memory_bytes(kind)

@@ -15,8 +15,9 @@ from kernels.attention.blocks import BLOCK
 from launch.planning import programs
 from launch.planning.chips import Topology
 from launch.planning.decode_bytes import least_bytes, moved_bytes
+from launch.planning.device_bytes import parameter_bytes
 from launch.planning.figures import Figures, Traffic, compile_figures, traffic
-from launch.planning.layout import Layout, parameter_bytes
+from launch.planning.layout import Layout
 from launch.planning.search import Estimate
 from launch.planning.setting import Setting
 from launch.planning.workload import (

@@ -14,7 +14,8 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import REMAT
 from jaxrl.models.params import count_params
 from launch.planning.chips import Topology
-from launch.planning.layout import Layout, TrainBytes, train_bytes
+from launch.planning.device_bytes import TrainBytes, train_bytes
+from launch.planning.layout import Layout
 from launch.planning.setting import Given, Setting
 from launch.planning.workload import Rows, step_flops, training_rows
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,10 +19,8 @@ from jaxrl.models.flops import (
     train_flops,
 )
 from jaxrl.sampling.sizes import prompt_widths
+from launch.planning.layout import Layout
 from launch.planning.setting import Setting
-
-if TYPE_CHECKING:
-  from launch.planning.layout import Layout
 
 
 @dataclasses.dataclass(frozen=True)

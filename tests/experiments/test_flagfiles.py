@@ -111,7 +111,15 @@ def test_irpo_spells_out_every_flag_of_the_method(task):
 
 def test_every_flag_file_is_tried_here():
   names = {path.name for path in FOLDER.glob('irpo_*.flags')} - {'irpo_world.flags'}
-  assert names == {*(f'irpo_{task}.flags' for task in PUBLISHED), 'irpo_gsm8k_small.flags'}
+  assert names == {*(f'irpo_{task}.flags' for task in PUBLISHED), 'irpo_gsm8k_small.flags',
+                   'irpo_llama2_70b.flags'}
+
+
+def test_the_pod_runs_the_published_settings_of_gsm8k():
+  parse('irpo_gsm8k.flags', *INPUTS)
+  expected = irpo_flags.effective()
+  parse('irpo_llama2_70b.flags', *INPUTS)
+  assert irpo_flags.effective() == expected
 
 
 def test_the_small_settings_fit_the_small_model():

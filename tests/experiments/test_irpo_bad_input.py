@@ -110,11 +110,11 @@ CASES = {
     'template of two lines': (nothing, ['--template={{question}}\n'], '--template: .*line break'),
     'temperatures': (nothing, ['--temperature=1,1,1,1'], '--temperature: .*1 to 3 numbers'),
     # Devices: there are eight.
-    'mesh of words': (nothing, ['--mesh=a,b,c'], '--mesh: .*three whole numbers'),
+    'mesh of words': (nothing, ['--mesh=a,b,c'], '--mesh: .*whole numbers data,fsdp,tensor'),
     'mesh too small': (nothing, ['--mesh=1,3,1'], 'mesh: .*= 8 devices'),
     'mesh does not divide': (nothing, ['--mesh=1,2,4'], '--mesh: the model cannot be split'),
     'batch': (nothing, ['--batch_size=12', '--layout=padded'], '--batch_size: .*a multiple of 8'),
-    'micro-batches': (nothing, ['--micro_batches=3'], '--batch_size: .*a multiple of 24'),
+    'micro-batches': (nothing, ['--micro_batches=3'], '--batch_size: .*at least 24'),
     'score batch': (nothing, ['--score_batch=12'], '--score_batch: .*a multiple of 8'),
     'slots': (nothing, ['--slots=9'], '--slots: .*multiple of 8'),
     'saves between logs': (nothing, ['--save_every=15'], '--save_every: .*multiple of --log_every'),

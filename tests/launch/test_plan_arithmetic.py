@@ -17,7 +17,8 @@ from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.optimizer import OptimizerConfig
 from launch.planning.advice import advice
 from launch.planning.chips import CHIPS, link_bandwidth, parse_topology
-from launch.planning.layout import Layout, optimizer_bytes, parameter_bytes
+from launch.planning.device_bytes import optimizer_bytes, parameter_bytes
+from launch.planning.layout import Layout
 from launch.planning.programs import lower_state
 from launch.planning.published import PUBLISHED, model_config
 from launch.planning.search import estimates, refused, rollout_tensors

@@ -108,3 +108,25 @@ def test_collectives_of_a_scan_on_a_real_mesh():
   assert gathered == [(4 * width * width // 2, layers)]
   assert [n for _, n in found['all-gather', 'tensor']] == [layers]
   assert np.sum([n for _, n in found['all-reduce', 'fsdp']]) == 1   # the sum at the end
+
+
+def test_an_update_in_place_writes_the_update_alone():
+  """Of two results of a fusion, one a slice put into a stack of 80 layers, one an array."""
+  text = """%inside (p0: f32[80,128], p1: f32[1,128], p2: s32[]) -> (f32[80,128], f32[128]) {
+  %p0 = f32[80,128]{1,0} parameter(0)
+  %p1 = f32[1,128]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %put = f32[80,128]{1,0} dynamic-update-slice(%p0, %p1, %p2, %p2)
+  %other = f32[128]{0} bitcast(%p1)
+  ROOT %both = (f32[80,128]{1,0}, f32[128]{0}) tuple(%put, %other)
+}
+
+ENTRY %main (a: f32[80,128], b: f32[1,128], n: s32[]) -> (f32[80,128], f32[128]) {
+  %a = f32[80,128]{1,0} parameter(0)
+  %b = f32[1,128]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  ROOT %f = (f32[80,128]{1,0}, f32[128]{0}) fusion(%a, %b, %n), kind=kLoop, calls=%inside
+}
+"""
+  update = 128 * 4
+  assert loops(text).moved == update + 4 + 2 * update    # b and n are read, both results written

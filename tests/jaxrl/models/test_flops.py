@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from jaxrl.models import decoder, flops, lora
 from jaxrl.models.config import Experts, Lora
@@ -86,7 +87,9 @@ def test_every_product_is_counted(c):
   forward = jax.make_jaxpr(loss, static_argnums=2)(*arguments(c), c)
   assert count(forward.jaxpr) == flops.forward_flops(c, units).total()[1]
   both = jax.make_jaxpr(jax.grad(loss), static_argnums=2)(*arguments(c), c)
-  assert count(both.jaxpr) == flops.train_flops(c, units).total()[1]
+  # Gradients of frozen matrices are written down, but nothing uses them: no compiler keeps them.
+  used, _ = partial_eval.dce_jaxpr(both.jaxpr, [True] * len(both.jaxpr.outvars))
+  assert count(used) == flops.train_flops(c, units).total()[1]
 
 
 @pytest.mark.parametrize('remat', ['nothing', 'attn', 'qkv_attn', 'minimal'])
