@@ -24,7 +24,6 @@ import rich.console
 import rich.table
 from jax.experimental import topologies
 
-from benchmarks.rollout_tpu import llama_8b
 from jaxrl.data.packing import SPANS
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.params import abstract_params
@@ -34,6 +33,7 @@ from jaxrl.training.logps import ComputePolicy
 from jaxrl.training.objectives import preference_objective
 from jaxrl.training.optimizer import OptimizerConfig, make_optimizer
 from jaxrl.training.step import init_state, train_step
+from launch.planning.published import model_config
 
 LENGTH = 2048                 # of a response with its prompt
 CASES = ('v5p:4x4x4/32/2/32/attn', 'v5p:4x4x4/32/2/32/nothing', 'v5e:4x4/8/2/8/nothing')
@@ -109,7 +109,7 @@ def main() -> None:
       'seconds', box=rich.box.MARKDOWN)
   for case in map(parse, parser.parse_args().cases):
     os.environ.setdefault('TPU_ACCELERATOR_TYPE', HOST[case.topology.partition(':')[0]])
-    compiled, seconds = compile_step(llama_8b(), case)
+    compiled, seconds = compile_step(model_config('Llama-3.1-8B'), case)
     memory = compiled.memory_analysis()
     sizes = (memory.argument_size_in_bytes, memory.temp_size_in_bytes,
              memory.peak_memory_in_bytes)
