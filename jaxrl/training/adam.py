@@ -27,7 +27,7 @@ def scale_by_adam(
     count = jnp.where(finite, optax.safe_increment(state.count), state.count)
 
     def first(g, m):
-      return jnp.where(finite, b1 * m + (1 - b1) * g, m).astype(m.dtype)
+      return jnp.where(finite, b1 * m + (1 - b1) * g, m)
 
     def second(g, v):
       return jnp.where(finite, b2 * v + (1 - b2) * g * g, v)
@@ -38,6 +38,7 @@ def scale_by_adam(
     corrections = [jnp.where(count > 0, 1 - b ** count.astype(jnp.float32), 1.0) for b in (b1, b2)]
     direction = jax.tree.map(
         lambda m, v: m / corrections[0] / (jnp.sqrt(v / corrections[1]) + eps), mu, nu)
-    return direction, optax.ScaleByAdamState(count, mu, nu)
+    kept = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
+    return direction, optax.ScaleByAdamState(count, kept, nu)
 
   return optax.GradientTransformationExtraArgs(made.init, update)

@@ -19,13 +19,14 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training.checkpoint import Checkpoints
 from jaxrl.training.loop import LoopConfig, NonFiniteError, put_batch, train
 from jaxrl.training.objectives import preference_objective, sft_objective
+from jaxrl.training.optimizer import guarded
 from jaxrl.training.step import init_state, train_step
 from tests import tiny_training as tiny
 from tests.tiny_model import CONFIG, QUICK, random_params
 
 ADAPTED = dataclasses.replace(CONFIG, lora=Lora(3, 6.0, lora.TARGETS))
 OPTIONS = {'dpo': {'beta': 0.1}, 'irpo': {'beta': 0.1, 'alpha': 1.0}}
-PLAIN = optax.identity()      # an update is the gradient
+PLAIN = guarded(optax.identity())      # an update is the gradient
 ROWS = 8
 
 

@@ -141,7 +141,8 @@ def test_a_bfloat16_first_moment_is_that_of_optax():
   grads = gradients(params, 0)
   directions, (state,) = tx.update(grads, tx.init(params), params)
   expected, expected_state = reference.update(grads, reference.init(params), params)
-  jax.tree.map(np.testing.assert_array_equal, (directions, state), (expected, expected_state))
+  jax.tree.map(np.testing.assert_array_equal, state, expected_state)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), directions, expected)
   assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.dtype('bfloat16')}
   assert {x.dtype for x in jax.tree.leaves(state.nu)} == {jnp.dtype('float32')}
 
