@@ -30,7 +30,7 @@ def scale_by_adam(
       return jnp.where(finite, b1 * m + (1 - b1) * g, m)
 
     def second(g, v):
-      return jnp.where(finite, b2 * v + (1 - b2) * g * g, v)
+      return jnp.where(finite, b2 * v + (1 - b2) * (g * g), v)
 
     mu, nu = jax.lax.optimization_barrier(
         (jax.tree.map(first, grads, state.mu), jax.tree.map(second, grads, state.nu)))

