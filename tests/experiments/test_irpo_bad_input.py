@@ -114,7 +114,7 @@ CASES = {
     'mesh too small': (nothing, ['--mesh=1,3,1'], 'mesh: .*= 8 devices'),
     'mesh does not divide': (nothing, ['--mesh=1,2,4'], '--mesh: the model cannot be split'),
     'batch': (nothing, ['--batch_size=12', '--layout=padded'], '--batch_size: .*a multiple of 8'),
-    'micro-batches': (nothing, ['--micro_batches=3'], '--batch_size: .*a multiple of 24'),
+    'micro-batches': (nothing, ['--micro_batches=3'], '--batch_size: .*at least 24'),
     'score batch': (nothing, ['--score_batch=12'], '--score_batch: .*a multiple of 8'),
     'slots': (nothing, ['--slots=9'], '--slots: .*multiple of 8'),
     'saves between logs': (nothing, ['--save_every=15'], '--save_every: .*multiple of --log_every'),
