@@ -21,7 +21,7 @@ from tunix.sft.dpo import dpo_trainer
 
 from benchmarks.dpo_step_worker import Pace
 from benchmarks.dpo_step_workload import B1, B2, BETA, CLIP_NORM, LEARNING_RATE, Pair, Workload
-from benchmarks.rollout_tunix import _config
+from benchmarks.rollout_tunix import llama_config
 
 MULTIPLE = 8
 
@@ -65,7 +65,7 @@ def _needed(pairs: Sequence[Pair]) -> tuple[int, int]:
 def run(folder: str, setting: str, workload: Workload, pace: Pace) -> None:
   """Trains without end."""
   shape, dtype = setting.split('-')
-  config = _config(folder)
+  config = llama_config(folder)
   mesh = jax.make_mesh((1, 1), ('fsdp', 'tp'), axis_types=2 * (jax.sharding.AxisType.Auto,))
   policy, reference = (
       llama3_params.create_model_from_safe_tensors(folder, config, mesh, jax.numpy.dtype(dtype))

@@ -72,20 +72,24 @@ def read_workload(fields: dict[str, Any]) -> Workload:
   return Workload(pairs, tuple(fields['shuffled']), tuple(fields['grouped']))
 
 
-def make_workload(steps: int, shuffle: Callable[[int], Sequence[int]], seed: int) -> Workload:
-  """Pairs of random ids, of GSM8K's lengths, `shuffle`d.
-
-  `steps` whole batches of those into which `DRAWN` pairs fall when sorted by length, at even
-  places of that order: grouping then pads as little here as it does among so many.
-  """
+def draw_pairs(count: int, seed: int) -> list[Pair]:
+  """Pairs of random ids, of GSM8K's lengths."""
   rng = np.random.default_rng(seed)
 
   def ids(deciles: Sequence[int]) -> tuple[int, ...]:
     length = np.interp(rng.random(), np.linspace(0, 1, len(deciles)), deciles)
     return tuple(rng.integers(3, VOCABULARY, round(length)).tolist())
 
-  drawn = [Pair(ids(QUESTION), ids(ANSWER), ids(ANSWER)) for _ in range(DRAWN)]
-  drawn.sort(key=lambda pair: pair.longest)
+  return [Pair(ids(QUESTION), ids(ANSWER), ids(ANSWER)) for _ in range(count)]
+
+
+def make_workload(steps: int, shuffle: Callable[[int], Sequence[int]], seed: int) -> Workload:
+  """Pairs of random ids, of GSM8K's lengths, `shuffle`d.
+
+  `steps` whole batches of those into which `DRAWN` pairs fall when sorted by length, at even
+  places of that order: grouping then pads as little here as it does among so many.
+  """
+  drawn = sorted(draw_pairs(DRAWN, seed), key=lambda pair: pair.longest)
   batches = DRAWN // PAIRS_A_STEP
   kept = [int((k + 0.5) * batches / steps) * PAIRS_A_STEP + n
           for k in range(steps) for n in range(PAIRS_A_STEP)]

@@ -53,7 +53,7 @@ class _RowLengths(tunix_sampler.Sampler):
     return dataclasses.replace(state, total_sampling_steps=all_input_ids.shape[1] + self.longest)
 
 
-def _config(folder: str) -> llama3.ModelConfig:
+def llama_config(folder: str) -> llama3.ModelConfig:
   c = json.loads((Path(folder) / 'config.json').read_text())
   return llama3.ModelConfig(
       num_layers=c['num_hidden_layers'], vocab_size=c['vocab_size'], embed_dim=c['hidden_size'],
@@ -65,7 +65,7 @@ def _config(folder: str) -> llama3.ModelConfig:
 
 def load(folder: str, dtype: str, batch: int, workload: Workload) -> Contender:
   """`batch` rows at a time; every draw is a row with its prompt."""
-  config = _config(folder)
+  config = llama_config(folder)
   # Its loader lays tensors out over a mesh; this one has a single device.
   mesh = jax.make_mesh((1, 1), ('fsdp', 'tp'), axis_types=2 * (jax.sharding.AxisType.Auto,))
   model = llama3_params.create_model_from_safe_tensors(folder, config, mesh, jnp.dtype(dtype))

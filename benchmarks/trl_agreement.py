@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,20 +174,29 @@ def table_row(label: str, expected: float, grads: dict[str, np.ndarray], found: 
           f'{gap / size:.1e} |')
 
 
-def main() -> None:
+def print_table(rows: Callable[[Path, ModelConfig, dict], Iterable[str]]) -> None:
+  """Prints `rows(folder, c, params)` of models made for it, the libraries kept quiet."""
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   datasets.disable_progress_bars()
   print(HEADER)
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
-    c, params = make_models(folder)
-    for label, case in CASES.items():
-      batch, expected, grads = trl_loss(folder, case)
-      objective = mixed_objective(case.ours, c, POLICY, pair_options=case.variant)
-      found, our_grads = our_loss(objective, params['policy'],
-                                  our_batch(batch, c, params['reference']))
-      print(table_row(label, expected, grads, found, our_grads, c), flush=True)
+    for row in rows(folder, *make_models(folder)):
+      print(row, flush=True)
+
+
+def rows(folder: Path, c: ModelConfig, params: dict) -> Iterator[str]:
+  for label, case in CASES.items():
+    batch, expected, grads = trl_loss(folder, case)
+    objective = mixed_objective(case.ours, c, POLICY, pair_options=case.variant)
+    found, our_grads = our_loss(
+        objective, params['policy'], our_batch(batch, c, params['reference']))
+    yield table_row(label, expected, grads, found, our_grads, c)
+
+
+def main() -> None:
+  print_table(rows)
 
 
 if __name__ == '__main__':

@@ -9,8 +9,7 @@ through our objective, in float32.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,12 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from benchmarks.trl_agreement import (
-    HEADER,
     POLICY,
     TEXTS,
     Case,
-    make_models,
     our_batch,
     our_loss,
+    print_table,
     table_row,
 )
 from jaxrl.losses.pairs import PairOptions
@@ -191,20 +189,16 @@ def kto_row(label: str, names: tuple[str, str], options: dict, folder: Path, c: 
   return table_row(label, float(loss), grads, *found, c)
 
 
+def rows(folder: Path, c: ModelConfig, params: dict) -> Iterator[str]:
+  for label, (names, options) in KTO.items():
+    yield kto_row(label, names, options, folder, c, params)
+  for label, case in CPO.items():
+    yield cpo_row(label, case, folder, c, params)
+  yield from orpo_rows(folder, c, params)
+
+
 def main() -> None:
-  transformers.utils.logging.set_verbosity_error()
-  transformers.utils.logging.disable_progress_bar()
-  datasets.disable_progress_bars()
-  print(HEADER)
-  with tempfile.TemporaryDirectory() as name:
-    folder = Path(name)
-    c, params = make_models(folder)
-    for label, (names, options) in KTO.items():
-      print(kto_row(label, names, options, folder, c, params), flush=True)
-    for label, case in CPO.items():
-      print(cpo_row(label, case, folder, c, params), flush=True)
-    for row in orpo_rows(folder, c, params):
-      print(row, flush=True)
+  print_table(rows)
 
 
 if __name__ == '__main__':

@@ -71,10 +71,10 @@ flags.DEFINE_integer('save_every', 100, 'Steps between checkpoints.', lower_boun
 FREE_FLAGS = ('run_dir',)
 
 
-def mesh_from_flags() -> jax.sharding.Mesh:
-  """The mesh of --mesh over all devices."""
+def mesh_sizes() -> dict[str, int] | None:
+  """The sizes of --mesh by axis; None without it."""
   if FLAGS.mesh is None:
-    return make_mesh()
+    return None
   try:
     data, fsdp, tensor, *rest = (int(size) for size in FLAGS.mesh)
     (sequence,) = rest or (1,)
@@ -82,7 +82,14 @@ def mesh_from_flags() -> jax.sharding.Mesh:
     raise InputError('the mesh cannot be read', where='--mesh',
                      expected='whole numbers data,fsdp,tensor or data,fsdp,tensor,sequence',
                      found=','.join(FLAGS.mesh)) from None
-  return make_mesh(data=data, fsdp=fsdp, tensor=tensor, sequence=sequence)
+  return {'data': data, 'fsdp': fsdp, 'tensor': tensor, 'sequence': sequence}
+
+
+def mesh_from_flags() -> jax.sharding.Mesh:
+  """The mesh of --mesh over all devices."""
+  sizes = mesh_sizes()
+  return make_mesh() if sizes is None else make_mesh(
+      data=sizes['data'], fsdp=sizes['fsdp'], tensor=sizes['tensor'], sequence=sizes['sequence'])
 
 
 def compute_policy() -> ComputePolicy:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -103,35 +104,33 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+  """SIGINT, SIGTERM and SIGHUP go to the handler inside the block."""
+  before = {signum: signal.signal(signum, handler)
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+  try:
+    yield
+  finally:
+    for signum, old in before.items():
+      signal.signal(signum, old)
+
+
+def stoppable() -> contextlib.AbstractContextManager[None]:
   """SIGINT, SIGTERM and SIGHUP raise Stopped inside the block."""
 
   def stop(signum, _):
     raise Stopped(signum)
 
-  before = {signum: signal.signal(signum, stop)
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-  try:
-    yield
-  finally:
-    for signum, handler in before.items():
-      signal.signal(signum, handler)
+  return _handled(stop)
 
 
-@contextlib.contextmanager
-def unstoppable() -> Iterator[None]:
+def unstoppable() -> contextlib.AbstractContextManager[None]:
   """The same signals only say that cleaning up goes on."""
 
   def insist(signum, _):
     say(f'{signal.Signals(signum).name} came while cleaning up, which goes on')
 
-  before = {signum: signal.signal(signum, insist)
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-  try:
-    yield
-  finally:
-    for signum, handler in before.items():
-      signal.signal(signum, handler)
+  return _handled(insist)
 
 
 def say(text: str) -> None:

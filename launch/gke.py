@@ -22,20 +22,26 @@ from absl import app, flags
 from jaxrl.errors import InputError
 from launch import jobset
 from launch.commands import (
-    clean_up,
-    ends_with_sentence,
-    must,
-    parse,
-    require,
-    say,
-    shown,
-    stoppable,
-    stream,
-    unstoppable,
+  clean_up,
+  ends_with_sentence,
+  must,
+  parse,
+  require,
+  say,
+  shown,
+  stoppable,
+  stream,
+  unstoppable,
 )
 from launch.jobset import GkeConfig, manifest
 from launch.naming import check_bucket_path, check_image, check_name
-from launch.shipping import archive_command, required, run_dir_of, source_from_flags
+from launch.shipping import (
+  archive_command,
+  define_slice_flags,
+  required,
+  run_dir_of,
+  source_from_flags,
+)
 from launch.shipping import define_flags as define_shipping_flags
 from launch.slices import find_slice
 
@@ -44,20 +50,14 @@ _END_OF_HOST = re.compile(r'\[\d+\] on_host: ended with status (\d+)')
 
 
 def define_flags() -> None:
-  define_shipping_flags()
+  define_shipping_flags(poll=10.0)
+  define_slice_flags()
   flags.DEFINE_string('namespace', 'default', 'Namespace of the JobSet.')
   flags.DEFINE_string('context', None, 'Context of kubectl; default: the one that is chosen.')
-  flags.DEFINE_string('topology', None, 'One slice: v5p:4x4x4, or its accelerator type, v5p-128.')
-  flags.DEFINE_integer('slices', 1, 'Slices, joined by the network of the data centre.',
-                       lower_bound=1, upper_bound=256)
-  flags.DEFINE_bool('spot', False, 'Nodes that may be taken away; the run resumes.')
   flags.DEFINE_string('image', None, 'Container image with Python and the dependencies.')
   flags.DEFINE_string('service_account', None, 'Kubernetes account that may use the bucket.')
   flags.DEFINE_string('code_dir', None, 'gs:// folder that the code is copied through.')
   flags.DEFINE_string('output', None, 'File to write the manifest to, instead of running it.')
-  flags.DEFINE_bool('keep', False, 'Leave the JobSet at the end.')
-  flags.DEFINE_float('poll', 10.0, 'Seconds between looks at the state.', lower_bound=0.01)
-  flags.DEFINE_integer('max_restarts', 50, 'Lost hosts after which to give up.', lower_bound=0)
 
 
 def config_from_flags(command: Sequence[str]) -> GkeConfig:

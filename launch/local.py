@@ -11,7 +11,6 @@ SIGINT, which all of them receive.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
 import shlex
@@ -21,12 +20,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import app, flags
 
 from jaxrl.errors import InputError
 from jaxrl.parallel.hosts import COORDINATOR, EXIT_LOST, LOST_AFTER, PROCESS_ID, PROCESSES
+from launch.commands import ends_with_sentence, parse
 
 FLAGS = flags.FLAGS
 
@@ -199,32 +199,6 @@ def main(argv: Sequence[str]) -> None:
     print(described(config, port, os.environ))
     return
   sys.exit(run(config, port))
-
-
-def parse(argv: list[str]) -> list[str]:
-  """Ours stand before `--`; a word that is no flag there is an error, not a command."""
-  ours, theirs = (argv[:argv.index('--')], argv[argv.index('--') + 1:]) if '--' in argv else (
-      argv, [])
-  left = FLAGS(ours)
-  if len(left) > 1:
-    raise InputError('this is not a flag', where=repr(left[1]), expected='--name=value',
-                     fix='What Python is to run stands after --')
-  return [left[0], *theirs]
-
-
-def ends_with_sentence(function: Callable) -> Callable:
-  """The function, ending the process with status 2 on what the user can mend."""
-
-  @functools.wraps(function)
-  def guarded(argv):
-    try:
-      return function(argv)
-    except (flags.Error, InputError) as error:
-      sentence = ' '.join(str(error).split())
-    print(f'error: {sentence}', file=sys.stderr)
-    sys.exit(2)
-
-  return guarded
 
 
 if __name__ == '__main__':

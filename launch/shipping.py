@@ -152,11 +152,23 @@ def check_flags(command: Sequence[str], root: Path) -> None:
                      where=command[1], fix='--nocheck_flags leaves this out')
 
 
-def define_flags() -> None:
+def define_flags(poll: float) -> None:
+  """Those of every launcher of clusters; `poll` is the default of the flag."""
   flags.DEFINE_string('name', None, 'Name of the run, for everything that is created.')
   flags.DEFINE_bool('dry_run', False, 'Print what would be done, and stop.')
   flags.DEFINE_bool('allow_dirty', False, 'Ship changes of the tree that are not committed.')
   flags.DEFINE_bool('check_flags', True, 'Have the experiment read its flags here first.')
+  flags.DEFINE_bool('keep', False, 'Leave what was created for the run; see docs/launching.md.')
+  flags.DEFINE_float('poll', poll, 'Seconds between looks at the state.', lower_bound=0.01)
+  flags.DEFINE_integer('max_restarts', 50, 'Interruptions after which to give up.', lower_bound=0)
+
+
+def define_slice_flags() -> None:
+  """Those of launchers that ask for slices of TPUs."""
+  flags.DEFINE_string('topology', None, 'One slice: v5p:4x4x4, or its accelerator type, v5p-128.')
+  flags.DEFINE_integer('slices', 1, 'Slices, joined by the network of the data centre.',
+                       lower_bound=1, upper_bound=256)
+  flags.DEFINE_bool('spot', False, 'Cheaper machines that may be taken away; the run resumes.')
 
 
 def source_from_flags(command: Sequence[str], *, buckets: bool) -> Source:

@@ -192,7 +192,7 @@ _FINAL = ('BOOT_FAIL', 'CANCELLED', 'COMPLETED', 'DEADLINE', 'FAILED', 'NODE_FAI
 
 
 def define_flags() -> None:
-  define_shipping_flags()
+  define_shipping_flags(poll=5.0)
   flags.DEFINE_integer('nodes', 1, 'Nodes of the job.', lower_bound=1)
   flags.DEFINE_integer('gpus_per_node', 8, 'GPUs of each node, a process for each.', lower_bound=1,
                        upper_bound=16)
@@ -205,9 +205,6 @@ def define_flags() -> None:
   flags.DEFINE_string('qos', None, 'Quality of service.')
   flags.DEFINE_string('python', None, 'Python of an environment that all nodes see.')
   flags.DEFINE_string('code_dir', None, 'Folder that all nodes see, for code and logs.')
-  flags.DEFINE_integer('max_restarts', 50, 'Interruptions after which to give up.', lower_bound=0)
-  flags.DEFINE_bool('keep', False, 'Leave the job in the queue and return.')
-  flags.DEFINE_float('poll', 5.0, 'Seconds between looks at the log.', lower_bound=0.01)
 
 
 def config_from_flags(command: Sequence[str]) -> SlurmConfig:

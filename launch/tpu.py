@@ -24,20 +24,17 @@ from launch.commands import ends_with_sentence, parse, require, stoppable
 from launch.naming import check_name, check_project, check_zone
 from launch.queued_resource import TpuConfig
 from launch.shipping import define_flags as define_shipping_flags
-from launch.shipping import required, run_dir_of, source_from_flags
+from launch.shipping import define_slice_flags, required, run_dir_of, source_from_flags
 from launch.slices import find_slice
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-  define_shipping_flags()
+  define_shipping_flags(poll=30.0)
+  define_slice_flags()
   flags.DEFINE_string('project', None, 'Id of the Google Cloud project.')
   flags.DEFINE_string('zone', None, 'Zone of the machines.')
-  flags.DEFINE_string('topology', None, 'One slice: v5p:4x4x4, or its accelerator type, v5p-128.')
-  flags.DEFINE_integer('slices', 1, 'Slices, joined by the network of the data centre.',
-                       lower_bound=1, upper_bound=256)
-  flags.DEFINE_bool('spot', False, 'Cheaper machines that may be taken away; the run resumes.')
   flags.DEFINE_bool('reserved', False, 'Machines of a reservation of the project.')
   flags.DEFINE_string('service_account', None, 'Email of the account that the machines act as.')
   flags.DEFINE_string('network', None, 'Network of the machines.')
@@ -46,9 +43,6 @@ def define_flags() -> None:
   flags.DEFINE_string('runtime', None, 'Software of the machines; default: by generation.')
   flags.DEFINE_string('valid_until', None, 'How long to wait for machines, as in 6h.')
   flags.DEFINE_string('python_version', '3.12', 'Python that is installed on the hosts.')
-  flags.DEFINE_bool('keep', False, 'Leave the machines at the end, and use those of this name.')
-  flags.DEFINE_float('poll', 30.0, 'Seconds between looks at the state.', lower_bound=0.01)
-  flags.DEFINE_integer('max_restarts', 50, 'Interruptions after which to give up.', lower_bound=0)
 
 
 def config_from_flags(command: Sequence[str]) -> TpuConfig:

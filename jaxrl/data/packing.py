@@ -208,18 +208,21 @@ def fitting_lengths(totals: Iterable[int], *, count: int, multiple: int) -> tupl
   for total in totals:
     length = max(-(-total // multiple), 1) * multiple
     counts[length] = counts.get(length, 0) + 1
-  lengths = sorted(counts)
-  # least[c][n]: padding of the n shortest lengths under c of them as bounds, and where to cut.
-  number = np.concatenate([[0], np.cumsum([counts[x] for x in lengths])])
-  unknown: tuple[float, tuple[int, ...]] = (np.inf, ())
-  least = [(0.0, unknown[1])] + [unknown] * len(lengths)
+  lengths = np.array(sorted(counts))
+  below = np.concatenate([[0], np.cumsum([counts[x] for x in lengths])])    # totals of those before
+  # cost[m, n]: places of the lengths m to n - 1 where all are padded to the last of them.
+  numbers = np.arange(len(lengths) + 1)
+  cost = np.where(numbers[:, None] < numbers[None],
+                  np.concatenate([[0], lengths])[None] * (below[None] - below[:, None]), np.inf)
+  least, cuts = np.where(numbers == 0, 0.0, np.inf), []
   for _ in range(min(count, len(lengths))):
-    least = [least[0]] + [
-        min([least[n]] + [
-            (least[m][0] + lengths[n - 1] * (number[n] - number[m]), (*least[m][1], lengths[n - 1]))
-            for m in range(n)], key=lambda x: x[0])
-        for n in range(1, len(least))]
-  return least[-1][1]
+    cuts.append(np.argmin(least[:, None] + cost, axis=0))      # of the n shortest, where to cut
+    least = np.min(least[:, None] + cost, axis=0)
+  found, end = [], len(lengths)
+  for cut in reversed(cuts):
+    found.append(int(lengths[end - 1]))
+    end = int(cut[end])
+  return tuple(reversed(found))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 class Mean:
   """A mean not yet divided; adding two gives the mean of their union."""
 
-  total: jax.Array            # [] float32
-  count: jax.Array            # [] float32
+  total: jax.Array | np.ndarray      # [] float32, of numpy where it has left the devices
+  count: jax.Array | np.ndarray      # [] float32
 
   def __add__(self, other: Mean) -> Mean:
     return Mean(self.total + other.total, self.count + other.count)

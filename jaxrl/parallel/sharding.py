@@ -37,6 +37,7 @@ ACTIVATION: Rules = {
     'mlp': 'tensor',
     'vocab': None,
 }
+COMPUTE: Rules = {**GATHERED, **ACTIVATION}      # of activations and weights side by side
 # The layout while sampling, on a mesh of its own over the same devices (`mesh.rollout_mesh`): rows
 # of parameters are whole, heads and columns are split, and each of the `data` parts has its slots.
 ROLLOUT: Rules = {
@@ -197,18 +198,13 @@ def over_devices(
   Every weight comes with its logical names. Partial results are added over the devices that split
   the dimension `summed`. Without a mesh it is the plain call, inside a rollout that and the sum.
   """
-  arrays = [w for w, _ in weights]
-  if not _explicit_mesh():
-    return with_other_parts(function(x, *arrays), summed)
-  axes = _current_spec((summed,), ACTIVATION)[0]
+  axes = _current_spec((summed,), COMPUTE)[0] if _explicit_mesh() else None
 
   def part(x, *arrays):
     out = function(x, *arrays)
-    return jax.lax.psum(out, axes) if axes else out
+    return jax.lax.psum(out, axes) if axes else with_other_parts(out, summed)
 
-  rows = _current_spec(names, ACTIVATION)
-  specs = [_current_spec(w_names, GATHERED) for _, w_names in weights]
-  return jax.shard_map(part, in_specs=(rows, *specs), out_specs=rows)(x, *arrays)
+  return on_parts(part, names, (x, names), *weights)
 
 
 def on_parts(
@@ -222,10 +218,10 @@ def on_parts(
   values = [x for x, _ in arrays]
   if not _explicit_mesh():
     return function(*values)
-  specs = tuple(_current_spec(names, ACTIVATION) for _, names in arrays)
+  specs = tuple(_current_spec(names, COMPUTE) for _, names in arrays)
   values = [jax.sharding.reshard(x, s) for x, s in zip(values, specs, strict=True)]
   return jax.shard_map(
-      function, in_specs=specs, out_specs=_current_spec(out, ACTIVATION))(*values)
+      function, in_specs=specs, out_specs=_current_spec(out, COMPUTE))(*values)
 
 
 def per_row(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -102,7 +102,10 @@ def read_setting(
   def given(name):
     return FLAGS[name].value if FLAGS[name].present else None
 
-  return setting, Given(_given_mesh(), given('micro_batches'), given('remat'),
+  sizes = common_flags.mesh_sizes()
+  mesh = None if sizes is None else (
+      sizes['data'], sizes['fsdp'], sizes['sequence'], sizes['tensor'])
+  return setting, Given(mesh, given('micro_batches'), given('remat'),
                         given('score_batch'), given('rollout_tensor'))
 
 
@@ -113,16 +116,3 @@ def _within(name: str, value: int | None, most: int) -> int:
     raise InputError('the run allows no such length', where=f'--{name}',
                      expected=f'1 to {most}', found=value)
   return value
-
-
-def _given_mesh() -> tuple[int, int, int, int] | None:
-  if FLAGS.mesh is None:
-    return None
-  try:
-    data, fsdp, tensor, *rest = (int(size) for size in FLAGS.mesh)
-    (sequence,) = rest or (1,)
-  except ValueError:
-    raise InputError('the mesh cannot be read', where='--mesh',
-                     expected='whole numbers data,fsdp,tensor or data,fsdp,tensor,sequence',
-                     found=','.join(FLAGS.mesh)) from None
-  return data, fsdp, sequence, tensor

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import irpo_flags  # noqa: F401, flags that `flagsaver` would else forget
+from experiments import irpo_flags
 from launch import plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,7 @@ PAPER = f'--flagfile={ROOT}/experiments/flags/irpo_llama2_70b.flags'
 
 @pytest.fixture(autouse=True)
 def restored_flags(monkeypatch):
+  assert irpo_flags.MODULES      # imported, or `flagsaver` would forget the flags they define
   monkeypatch.chdir(ROOT)        # the flag file names another one
   with flagsaver.flagsaver():
     yield

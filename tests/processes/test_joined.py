@@ -15,8 +15,9 @@ def test_processes_meet_agree_and_end():
   run = Launched(2, JOINED, 'nothing', 9, devices_per_process=2)
   assert run.status == 0, run.all
   for n in range(2):
-    assert [line for line in run.lines[n] if 'Gloo' not in line and 'recoverable' not in line] == [
-        'devices 4 sum 6.0', f"told {{'from': 0}} writer {n == 0}", 'end']
+    # Native code writes lines too, and into those of others.
+    said = [line for line in run.lines[n] if line.startswith(('devices', 'told', 'end'))]
+    assert said == ['devices 4 sum 6.0', f"told {{'from': 0}} writer {n == 0}", 'end']
 
 
 def test_a_process_killed_while_others_are_in_a_collective():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import packing_fill
 from jaxrl.data import packing
 from jaxrl.data.batches import (
     LabelledRow,
@@ -28,7 +28,6 @@ from jaxrl.parallel.mesh import make_mesh
 from jaxrl.training import objectives
 from jaxrl.training.step import train_step
 from tests import tiny_training as tiny
-from tests.shared_data import SHARED
 from tests.tiny_model import CONFIG, QUICK
 
 PAD = tiny.PAD
@@ -194,22 +193,10 @@ def test_a_packed_batch_holds_the_rows_of_the_padded_one():
   assert made.filled == pytest.approx(held / sum(packed[k]['end'].size for k in range(7)))
 
 
-def test_few_shapes_fill_95_percent_of_the_places_at_the_lengths_of_gsm8k():
-  """Lengths in bytes of real problems and solutions over 4, about those in tokens."""
-  path = SHARED / 'gsm8k' / 'test.jsonl'
-  if not path.exists():
-    pytest.skip('the folder of real data is absent')
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  tokens = [tuple([1] * (len(row[key].encode()) // 4 + 1) for key in ('question', 'answer'))
-            for row in rows]
-  pairs = [  # the solution, and as rejected one the solution of another problem
-      Pair(TokenRow(q, a), TokenRow(q, b), [0.0] * len(a), [0.0] * len(b))
-      for (q, a), (_, b) in zip(tokens, tokens[1:] + tokens[:1], strict=True)]
-  for batch_size, into, shapes in ((8, 1, 6), (16, 1, 4), (128, 16, 2)):
-    made = packing.pack_batches(
-        pairs, packing.pair_unit, batch_size=batch_size, seed=0,
-        steps=2 * len(pairs) // batch_size, into=into, shapes=shapes, multiple=64, pad_id=PAD)
-    assert len(made.shapes) <= shapes and made.filled >= 0.95, (batch_size, made)
+@pytest.mark.parametrize(('pairs', 'rows', 'shapes'), [(8, 1, 6), (16, 1, 4), (128, 16, 2)])
+def test_few_shapes_fill_95_percent_of_the_places_at_the_lengths_of_gsm8k(pairs, rows, shapes):
+  made = packing_fill.packed(pairs, rows, shapes)
+  assert len(made.shapes) <= shapes and made.filled >= 0.95, made
 
 
 def test_responses_with_different_prompts_are_refused():
