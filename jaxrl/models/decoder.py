@@ -18,12 +18,15 @@ from jaxrl.models.mixture import mixture
 from jaxrl.models.params import ParamSpec, decoder_specs, is_spec, layer_specs
 from jaxrl.models.rope import Rotary, apply_rope, rope_angles
 from jaxrl.models.storage import Int8, dequantise
+from jaxrl.parallel.look_up import look_up
 from jaxrl.parallel.sharding import (
     GATHERED,
+    OUTPUT,
+    STORED,
+    Rules,
     contract,
     gather_length,
     if_it_divides,
-    look_up,
     mean_with_other_parts,
     on_parts,
     shard,
@@ -170,23 +173,26 @@ def _ready(w: dict, c: ModelConfig, dtype) -> dict:
       lambda s, x: _laid_out(x, s, s.axes, dtype), specs, w, is_leaf=is_spec)
 
 
-def _laid_out(x, s: ParamSpec, names: tuple[str | None, ...], dtype) -> jax.Array:
+def _laid_out(
+    x, s: ParamSpec, names: tuple[str | None, ...], dtype, rules: Rules = GATHERED
+) -> jax.Array:
   if not isinstance(x, Int8):
-    return shard(x, *names, rules=GATHERED)
+    return shard(x, *names, rules=rules)
   kept = [None if n - len(names) in s.summed else name for n, name in enumerate(names)]
-  return dequantise(Int8(shard(x.values, *names, rules=GATHERED),
-                         shard(x.scale, *kept, rules=GATHERED)), dtype)
+  return dequantise(
+      Int8(shard(x.values, *names, rules=rules), shard(x.scale, *kept, rules=rules)), dtype)
 
 
-def _top(params: Params, name: str, names: tuple[str | None, ...], c: ModelConfig, dtype):
+def _top(params: Params, name: str, names: tuple[str | None, ...], c: ModelConfig, dtype,
+         rules: Rules):
   """A weight outside the layers, in the layout given by `names`."""
-  return _laid_out(params[name], decoder_specs(c)[name], names, dtype)
+  return _laid_out(params[name], decoder_specs(c)[name], names, dtype, rules)
 
 
 def _embed(params: Params, tokens: jax.Array, c: ModelConfig, dtype) -> jax.Array:
   """[B, T, D]; the factor is rounded to the compute dtype first, as Gemma was trained."""
-  table = _top(params, 'embedding', (None, None), c, dtype)
-  x = look_up(table, tokens, c.vocab_size, 'batch', 'length', 'embed')
+  table = _top(params, 'embedding', (None, 'embed'), c, dtype, STORED)
+  x = look_up(table, tokens, c.vocab_size)
   return x if c.embedding_scale == 1 else x * jnp.asarray(c.embedding_scale, x.dtype)
 
 
@@ -309,17 +315,18 @@ def forward_cached(
 
 
 def output_matrix(params: Params, c: ModelConfig) -> jax.Array:
-  """[D, V], its columns over the tensor axis; the embedding transposed where the two are tied."""
-  dtype, columns = compute_dtype(params), if_it_divides('vocab', c.vocab_size, GATHERED)
+  """[D, V], rows as they rest, columns over the tensor axis; tied, it is the embedding."""
+  dtype, columns = compute_dtype(params), if_it_divides('vocab', c.vocab_size, OUTPUT)
   if c.tie_embeddings:
-    return _top(params, 'embedding', (columns, None), c, dtype).T
-  return _top(params, 'head', (None, columns), c, dtype)
+    return _top(params, 'embedding', (columns, 'embed'), c, dtype, OUTPUT).T
+  return _top(params, 'head', ('embed', columns), c, dtype, OUTPUT)
 
 
 def logits(params: Params, hidden: jax.Array, c: ModelConfig) -> jax.Array:
   """Logits [..., V] in float32 of hidden states [..., D], soft-capped where the model is."""
-  out = jnp.einsum('...d,dv->...v', hidden, output_matrix(params, c),
-                   preferred_element_type=jnp.float32)
+  columns = if_it_divides('vocab', c.vocab_size, GATHERED)
+  head = shard(output_matrix(params, c), None, columns, rules=GATHERED)
+  out = jnp.einsum('...d,dv->...v', hidden, head, preferred_element_type=jnp.float32)
   out = whole_vocabulary(out, c.vocab_size)
   return out if c.final_softcap is None else c.final_softcap * jnp.tanh(out / c.final_softcap)
 

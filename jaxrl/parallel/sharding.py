@@ -28,6 +28,8 @@ STORED: Rules = {
     'vocab': None,
 }
 GATHERED: Rules = {**STORED, 'embed': None, 'vocab': 'tensor'}
+# Of the output matrix, which log-probs gather block by block.
+OUTPUT: Rules = {**STORED, 'vocab': 'tensor'}
 ACTIVATION: Rules = {
     'batch': ('data', 'fsdp'),
     'length': 'sequence',
@@ -69,11 +71,11 @@ def spec(
   return PartitionSpec(*(live(name) for name in names))
 
 
-def _current_spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
+def current_spec(names: tuple[str | None, ...], rules: Rules) -> PartitionSpec:
   return spec(names, rules, jax.sharding.get_abstract_mesh().shape)
 
 
-def _explicit_mesh() -> bool:
+def explicit_mesh() -> bool:
   """True inside `jax.set_mesh` with Explicit axes; False without a mesh and inside shard_map."""
   mesh = jax.sharding.get_abstract_mesh()
   return not mesh.empty and all(t == jax.sharding.AxisType.Explicit for t in mesh.axis_types)
@@ -82,14 +84,14 @@ def _explicit_mesh() -> bool:
 def shard(x: jax.Array, *names: str | None, rules: Rules = ACTIVATION) -> jax.Array:
   """Lays `x` out by logical axis names; does nothing when no mesh is set."""
   assert x.ndim == len(names), (x.shape, names)
-  if not _explicit_mesh():
+  if not explicit_mesh():
     return x
-  return jax.sharding.reshard(x, _current_spec(names, rules))
+  return jax.sharding.reshard(x, current_spec(names, rules))
 
 
 def contract(pattern: str, x: jax.Array, w: jax.Array, *names: str | None) -> jax.Array:
   """einsum whose result is laid out by `names`; sums over a split dimension are reduced here."""
-  return _product(pattern, _current_spec(names, ACTIVATION) if _explicit_mesh() else None, x, w)
+  return _product(pattern, current_spec(names, ACTIVATION) if explicit_mesh() else None, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -123,14 +125,13 @@ def _product_backward(pattern, out, saved, g):
   """Both gradients, each product written as its result is laid out, of operands that exist.
 
   What differentiation writes by itself is the transpose of a product [out, in], and XLA on CPU then
-  computes the cotangent, with all elementwise gradients before it, into a transposed copy. A DPO
-  step of a 58M model took 1.9 s so and 1.75 s like this, on two cores.
+  computes the cotangent, with all elementwise gradients before it, into a transposed copy.
   """
   (left, right), result = pattern.split('->')[0].split(','), pattern.split('->')[1]
   (x, w), g = jax.lax.optimization_barrier((saved, g))
 
   def laid_out(like):
-    return jax.typeof(like).sharding.spec if _explicit_mesh() else None
+    return jax.typeof(like).sharding.spec if explicit_mesh() else None
 
   return (_einsum(f'{result},{right}->{left}', g, w, laid_out(x)),
           _einsum(f'{left},{result}->{right}', x, g, laid_out(w)))
@@ -139,10 +140,10 @@ def _product_backward(pattern, out, saved, g):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _manual_axis(name: str) -> str | None:
+def manual_axis(name: str) -> str | None:
   """The mesh axis that splits `name` while sampling; None elsewhere and where nothing is split."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.axis_names != ROLLOUT_AXES or _explicit_mesh():
+  if mesh.empty or mesh.axis_names != ROLLOUT_AXES or explicit_mesh():
     return None
   axis = ROLLOUT[name]
   return axis if isinstance(axis, str) and mesh.shape[axis] > 1 else None
@@ -153,13 +154,13 @@ def with_other_parts(x: jax.Array, summed: str) -> jax.Array:
 
   Elsewhere `contract` has done it, or nothing is split.
   """
-  axis = _manual_axis(summed)
+  axis = manual_axis(summed)
   return x if axis is None else jax.lax.psum(x, axis)
 
 
 def mean_with_other_parts(x: jax.Array, split: str) -> jax.Array:
   """The mean of equal parts' means over the devices that split `split`, inside a rollout."""
-  axis = _manual_axis(split)
+  axis = manual_axis(split)
   return x if axis is None else jax.lax.pmean(x, axis)
 
 
@@ -167,23 +168,9 @@ def whole_vocabulary(logits: jax.Array, size: int) -> jax.Array:
   """Logits [..., V] out of the parts [..., V / devices] that each device of a rollout computes."""
   if logits.shape[-1] == size:
     return logits
-  axis = _manual_axis('vocab')
+  axis = manual_axis('vocab')
   assert axis is not None, (logits.shape, size)
   return jax.lax.all_gather(logits, axis, axis=logits.ndim - 1, tiled=True)
-
-
-def look_up(table: jax.Array, ids: jax.Array, size: int, *names: str | None) -> jax.Array:
-  """table[ids] laid out by `names`, of a table with `size` rows in all."""
-  if _explicit_mesh():
-    return table.at[ids].get(out_sharding=_current_spec(names, ACTIVATION))
-  if table.shape[0] == size:
-    return table[ids]
-  axis = _manual_axis('vocab')
-  assert axis is not None, (table.shape, size)
-  local = ids - table.shape[0] * jax.lax.axis_index(axis)
-  mine = (local >= 0) & (local < table.shape[0])
-  rows = table[jnp.where(mine, local, 0)]
-  return jax.lax.psum(jnp.where(mine[..., None], rows, jnp.zeros((), rows.dtype)), axis)
 
 
 def over_devices(
@@ -198,7 +185,7 @@ def over_devices(
   Every weight comes with its logical names. Partial results are added over the devices that split
   the dimension `summed`. Without a mesh it is the plain call, inside a rollout that and the sum.
   """
-  axes = _current_spec((summed,), COMPUTE)[0] if _explicit_mesh() else None
+  axes = current_spec((summed,), COMPUTE)[0] if explicit_mesh() else None
 
   def part(x, *arrays):
     out = function(x, *arrays)
@@ -216,12 +203,12 @@ def on_parts(
   Without a mesh it is the plain call.
   """
   values = [x for x, _ in arrays]
-  if not _explicit_mesh():
+  if not explicit_mesh():
     return function(*values)
-  specs = tuple(_current_spec(names, COMPUTE) for _, names in arrays)
+  specs = tuple(current_spec(names, COMPUTE) for _, names in arrays)
   values = [jax.sharding.reshard(x, s) for x, s in zip(values, specs, strict=True)]
   return jax.shard_map(
-      function, in_specs=specs, out_specs=_current_spec(out, COMPUTE))(*values)
+      function, in_specs=specs, out_specs=current_spec(out, COMPUTE))(*values)
 
 
 def per_row(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
@@ -242,7 +229,7 @@ def gather_length(x: jax.Array) -> jax.Array:
 
 def if_it_divides(name: str, size: int, rules: Rules) -> str | None:
   """The name, where a dimension of this size divides over its mesh axes; else None: not split."""
-  if not _explicit_mesh():
+  if not explicit_mesh():
     return name
   axes, mesh = rules[name] or (), jax.sharding.get_abstract_mesh()
   axes = (axes,) if isinstance(axes, str) else axes

@@ -1,6 +1,8 @@
 """Sharded results equal unsharded ones, and parameters rest where the STORED table says."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jaxrl.models import decoder
 from jaxrl.models import params as params_lib
 from jaxrl.models.config import ModelConfig
 from jaxrl.parallel import sharding
+from jaxrl.parallel.look_up import look_up
 from jaxrl.parallel.mesh import make_mesh
 from kernels.token_logp import token_logp
 
@@ -74,6 +77,27 @@ def test_loss_and_gradients_equal_the_unsharded_ones(c, sizes):
     assert g.sharding.is_equivalent_to(s, g.ndim)
 
 
+def test_no_device_holds_a_whole_table_or_its_gradient():
+  c = dataclasses.replace(CONFIG, vocab_size=384)
+  params, tokens, mask = draw(c)
+  mesh = make_mesh(fsdp=4, sequence=2)
+  with jax.set_mesh(mesh):
+    arguments = jax.device_put(
+        (params, tokens[:, :21], mask),
+        (params_lib.param_shardings(c, mesh), *[sharding.batch_sharding(mesh, 2)] * 2))
+    compiled = jax.jit(jax.grad(lambda *a: loss(*a, c)[0])).lower(*arguments).compile().as_text()
+  shapes = {tuple(map(int, x.split(','))) for x in re.findall(r'f32\[([\d,]+)\]', compiled)}
+  assert (384, 4) in shapes and (4, 384) in shapes      # a device's part of either
+  assert not {(384, 32), (32, 384)} & shapes
+
+
+def test_a_common_token_has_its_gradient_added_in_float32():
+  table = jnp.ones((3, 2), jnp.bfloat16)
+  ids = jnp.zeros((4, 1000), jnp.int32)
+  found = jax.grad(lambda t: jnp.sum(look_up(t, ids, 3).astype(jnp.float32)))(table)
+  np.testing.assert_array_equal(np.asarray(found, np.float32)[:, 0], [4000, 0, 0])
+
+
 def test_parameters_rest_where_the_table_says():
   mesh = make_mesh(data=2, fsdp=2, tensor=2)
   found = jax.tree.map(lambda s: s.spec, params_lib.param_shardings(CONFIG, mesh))
@@ -101,7 +125,8 @@ def test_every_logical_name_is_in_every_table_it_is_used_with():
   named = {n for s in jax.tree.leaves(params_lib.decoder_specs(CONFIG), is_leaf=params_lib.is_spec)
            for n in s.axes if n}
   assert named <= set(sharding.STORED) and named <= set(sharding.GATHERED)
-  assert set(sharding.GATHERED) == set(sharding.STORED) <= set(sharding.ROLLOUT)
+  assert set(sharding.GATHERED) == set(sharding.STORED) == set(sharding.OUTPUT)
+  assert set(sharding.STORED) <= set(sharding.ROLLOUT)
 
 
 def test_rows_are_spread_over_data_and_fsdp():
