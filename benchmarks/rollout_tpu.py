@@ -92,7 +92,7 @@ def main() -> None:
     count = engine.slots_per_part
     for label, lengths in (('all full', [new] * count), (f'all {new // 4}', [new // 4] * count),
                            (f'0 to {new}', [new * n // count for n in range(count)])):
-      moved = moved_bytes(engine, found.program, prompt, lengths)
+      moved = moved_bytes(engine, found.program, prompt, lengths, args.draws)
       least = least_bytes(
           model, 'bfloat16', tensor=int(tensor), slots=count, prompt=prompt,
           mean=statistics.mean(lengths), draws=args.draws)

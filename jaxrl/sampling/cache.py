@@ -15,7 +15,7 @@ from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import attention_options, forward_cached
 from jaxrl.models.params import Params
 from kernels.attention import Spans, attention
-from kernels.decoding import Own, Quantised, Shared, decode_attention, quantise
+from kernels.decoding import Own, Quantised, Shared, decode_attention, quantise, write_keys
 
 
 @jax.tree_util.register_dataclass
@@ -150,7 +150,8 @@ def scatter_keys(
 def write_blocks(x: jax.Array, new: jax.Array, layer: jax.Array, place: jax.Array) -> jax.Array:
   """The same for TPUs, which for a scatter or for single rows would lay out the whole cache anew.
 
-  Every block between the first and the last that is written to is read and written whole.
+  For head sizes that the kernel is not for (`kernels.decoding.tpu.is_default`). Every block between
+  the first and the last that is written to is read and written whole.
   """
   size, block = x.shape[1] * x.shape[4], x.shape[4]
   first = jnp.min(jnp.where(place < size, place, size)) // block
@@ -181,6 +182,7 @@ def decode(
 
   blocks, block = own_shape(own)
   place = jnp.where(live > 0, live - 1, blocks * block)        # out of range: not written
+  write = write_keys if c.d_head % 128 == 0 else write_blocks
 
   def attend(layer, q, k, v, window, own):
     def put(region, new):     # [R, 1, K, H]
@@ -188,7 +190,7 @@ def decode(
           new[:, 0].astype(region.dtype))
       return jax.tree.map(
           lambda x, part: jax.lax.platform_dependent(
-              x, part, layer, place, tpu=write_blocks, default=scatter_keys), region, stored)
+              x, part, layer, place, tpu=write, default=scatter_keys), region, stored)
 
     own = Region(put(own.k, k), put(own.v, v))
     out = decode_attention(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels.attention.spans import Spans, clipped, windowed
 
 BLOCK = 128                   # tokens; docs/attention.md has the times of others
+HOPPER_BLOCK = 128            # of the kernels for Hopper GPUs: two warpgroups of 64 rows
 ALIGNMENT = 8                 # shorter rows are one block, of a multiple of this
 
 
@@ -20,6 +21,7 @@ class Plan:
 
   visited: jax.Array          # [B, T / block_q, S / block_k] int32, ascending; counts many are real
   counts: jax.Array           # [B, T / block_q] int32
+  whole: jax.Array            # bool as visited: every query of the block sees every key of that one
   block_q: int = dataclasses.field(metadata={'static': True})
   block_k: int = dataclasses.field(metadata={'static': True})
 
@@ -46,15 +48,37 @@ def plan(
   n_keys = -(-keys // block_k)
   first = jnp.arange(n_keys, dtype=jnp.int32) * block_k
 
-  def meets(start, end):      # [B, T] -> [B, T / block_q, S / block_k]
-    start, end = (blocked(x, block_q)[..., None] for x in (start, end))
-    begin = jnp.maximum(start, first[None, None, None])
-    return jnp.any(begin < jnp.minimum(end, first[None, None, None] + block_k), axis=2)
+  begin, past = first[None, None, None], first[None, None, None] + block_k
 
-  seen = meets(spans.prefix_start, spans.prefix_end) | meets(spans.start, spans.end)
-  index = jnp.arange(n_keys, dtype=jnp.int32)[None, None]
-  visited = jnp.sort(jnp.where(seen, index, n_keys), axis=-1)
-  return Plan(visited, jnp.sum(seen, axis=-1, dtype=jnp.int32), block_q, block_k)
+  def meets(start, end):      # [B, T] -> [B, T / block_q, block_q, S / block_k]
+    start, end = (blocked(x, block_q)[..., None] for x in (start, end))
+    return jnp.maximum(start, begin) < jnp.minimum(end, past)
+
+  def holds(start, end):
+    start, end = (blocked(x, block_q)[..., None] for x in (start, end))
+    return (start <= begin) & (end >= past)
+
+  prefix, run = (spans.prefix_start, spans.prefix_end), (spans.start, spans.end)
+  seen = jnp.any(meets(*prefix) | meets(*run), axis=2)
+  # Where the run begins at the prefix's end, the two are one interval.
+  joined = (spans.prefix_start,
+            jnp.where(spans.prefix_end >= spans.start, spans.end, spans.prefix_start))
+  whole = jnp.all(holds(*prefix) | holds(*run) | holds(*joined), axis=2)
+  # Sorted as one number: the blocks that are seen, in order, each with its bit.
+  index = 2 * jnp.arange(n_keys, dtype=jnp.int32)[None, None] + whole.astype(jnp.int32)
+  index = jnp.sort(jnp.where(seen, index, 2 * n_keys), axis=-1)
+  return Plan(index // 2, jnp.sum(seen, axis=-1, dtype=jnp.int32), index % 2 == 1,
+              block_q, block_k)
+
+
+def check_fits(plan: Plan, queries: int, keys: int) -> None:
+  """Raises ValueError for a plan of other lengths."""
+  found = plan.visited.shape[1:]
+  expected = (-(-queries // plan.block_q), -(-keys // plan.block_k))
+  if found != expected:
+    raise ValueError(
+        f'a plan of {found[0]} x {found[1]} blocks; {queries} queries and {keys} keys in blocks of '
+        f'{plan.block_q} and {plan.block_k} make {expected[0]} x {expected[1]}')
 
 
 def blocked(x: jax.Array, block: int) -> jax.Array:

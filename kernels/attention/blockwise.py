@@ -12,24 +12,18 @@ the size of K and V that both loops carry and update in place.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from kernels.attention.blocks import Plan, blocked
-from kernels.attention.spans import Spans, clipped
+from kernels import varying
+from kernels.attention import saved
+from kernels.attention.blocks import Plan, blocked, check_fits
+from kernels.attention.saved import Options
+from kernels.attention.spans import Spans
 
 LOW = -1e30                   # finite: exp(-inf - LOW) is 0 for a query that has seen nothing
-SAVED = 'attn'                # checkpoint name of the output and its log-sum-exp
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  scale: float
-  softcap: float | None
 
 
 def attention(
@@ -42,30 +36,12 @@ def attention(
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:               # [B, T, N, H]
-  """See `kernels.attention.attention`. Under `jax.checkpoint` a policy that saves the name 'attn'
-  keeps this from running twice."""
-  _check_fits(plan, q.shape[1], k.shape[1])
-  spans = clipped(spans, k.shape[1])
-  # Inside shard_map keys may be whole where queries are split: their gradient is summed out here.
-  q, k, v, spans, plan = _varying_alike((q, k, v, spans, plan))
-  return _attention(q, k, v, spans, plan, _Options(scale, softcap))
+  """See `kernels.attention.attention` and `saved.attention`."""
+  check_fits(plan, q.shape[1], k.shape[1])
+  return saved.attention(q, k, v, spans, plan, RULES, Options(scale, softcap))
 
 
-def _check_fits(plan: Plan, queries: int, keys: int) -> None:
-  found = plan.visited.shape[1:]
-  expected = (-(-queries // plan.block_q), -(-keys // plan.block_k))
-  if found != expected:
-    raise ValueError(
-        f'a plan of {found[0]} x {found[1]} blocks; {queries} queries and {keys} keys in blocks of '
-        f'{plan.block_q} and {plan.block_k} make {expected[0]} x {expected[1]}')
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q, k, v, spans, plan, options):
-  return _forward(q, k, v, spans, plan, options)[0]
-
-
-def _forward(q, k, v, spans: Spans, plan: Plan, options: _Options):
+def _forward(q, k, v, spans: Spans, plan: Plan, options: Options):
   b, t, n, h = q.shape
   groups = k.shape[2]
   queries, bounds = _split_queries(q, groups, plan), _split_spans(spans, plan)
@@ -102,19 +78,19 @@ def _forward(q, k, v, spans: Spans, plan: Plan, options: _Options):
   out, lse = jax.lax.fori_loop(
       0, blocks, of_queries,
       (_full(queries.shape, 0, q.dtype, like=q), _full((blocks, groups, rows), 0.0, like=q)))
-  out = checkpoint_name(_join_queries(out, (b, t, n, h), plan), SAVED)
-  return out, (q, k, v, spans, plan, out, checkpoint_name(lse, SAVED))
+  lse = _join_queries(lse[..., None], (b, t, n, 1), plan)[..., 0].swapaxes(1, 2)
+  return _join_queries(out, (b, t, n, h), plan), lse
 
 
-def _backward(options: _Options, saved, d_out):
+def _backward(q, k, v, spans: Spans, plan: Plan, out, lse, d_out, options: Options):
   """Scores are [keys, queries] here: then both dK and dV are products without a transposition."""
-  q, k, v, spans, plan, out, lse = saved
   groups = k.shape[2]
   queries, bounds = _split_queries(q, groups, plan), _split_spans(spans, plan)
   keys, values = _split_keys(k, plan), _split_keys(v, plan)
   d_outs = _split_queries(d_out, groups, plan)
   dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
   dots = _split_queries(dots, groups, plan)[..., 0]        # [blocks, K, G * block_q]
+  lse = _split_queries(lse.swapaxes(1, 2)[..., None], groups, plan)[..., 0]
   visited, counts = _flat(plan)
   rows = queries.shape[2]
 
@@ -147,17 +123,17 @@ def _backward(options: _Options, saved, d_out):
       (_full(queries.shape, 0, q.dtype, like=q), _full(keys.shape, 0.0, like=q),
        _full(keys.shape, 0.0, like=q)))
   return (_join_queries(dq, q.shape, plan), _join_keys(dk, k.shape, plan).astype(k.dtype),
-          _join_keys(dv, v.shape, plan).astype(v.dtype), None, None)
+          _join_keys(dv, v.shape, plan).astype(v.dtype))
 
 
-_attention.defvjp(_forward, _backward)
+RULES = saved.Rules(_forward, _backward)
 
 
 def _dot(pattern: str, x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.einsum(pattern, x, y, preferred_element_type=jnp.float32)
 
 
-def _capped(score: jax.Array, options: _Options) -> jax.Array:
+def _capped(score: jax.Array, options: Options) -> jax.Array:
   score = score * options.scale
   return score if options.softcap is None else options.softcap * jnp.tanh(score / options.softcap)
 
@@ -223,19 +199,4 @@ def _full(
     shape: tuple[int, ...], value: float, dtype=jnp.float32, *, like: jax.Array
 ) -> jax.Array:
   """`value` everywhere, as a loop may carry it: varying over the manual mesh axes of `like`."""
-  return _varying(jnp.full(shape, value, dtype), _axes(like))
-
-
-def _varying(x: jax.Array, axes: frozenset) -> jax.Array:
-  missing = tuple(axes - _axes(x))
-  return jax.lax.pcast(x, missing, to='varying') if missing else x
-
-
-def _varying_alike(tree):
-  axes = frozenset().union(*(_axes(x) for x in jax.tree.leaves(tree)))
-  return jax.tree.map(lambda x: _varying(x, axes), tree)
-
-
-def _axes(x: jax.Array) -> frozenset:
-  """The manual mesh axes that x varies over."""
-  return frozenset(jax.typeof(x).manual_axis_type.varying)
+  return varying.varying(jnp.full(shape, value, dtype), varying.axes(like))

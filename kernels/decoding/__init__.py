@@ -6,12 +6,21 @@ from collections.abc import Sequence
 
 import jax
 
-from kernels.decoding import blockwise, ref
+from kernels.decoding import blockwise, ref, tpu
 from kernels.decoding.cache import Own, Quantised, Shared, quantise
+from kernels.decoding.write import write_keys
 
-__all__ = ['Own', 'Quantised', 'Shared', 'decode_attention', 'quantise']
+__all__ = ['Own', 'Quantised', 'Shared', 'decode_attention', 'quantise', 'write_keys']
 
-IMPLEMENTATIONS = {'blockwise': blockwise.decode_attention, 'ref': ref.decode_attention}
+
+def _gpu(*arrays, **options) -> jax.Array:
+  from kernels.decoding import gpu  # by name only: importing Mosaic GPU takes 1.5 s
+  return gpu.decode_attention(*arrays, **options)
+
+
+IMPLEMENTATIONS = {
+    'blockwise': blockwise.decode_attention, 'gpu': _gpu, 'ref': ref.decode_attention,
+    'tpu': tpu.decode_attention}
 
 
 def decode_attention(
@@ -28,19 +37,30 @@ def decode_attention(
 ) -> jax.Array:               # [R, N, H] in q's dtype
   """softmax(scale * q k^T) v over what each slot sees; `ref.decode_attention` defines it.
 
+  `impl=None` is 'tpu' in programs for TPUs where `tpu.is_default` says so, and 'blockwise'
+  elsewhere: docs/decoding.md.
+
   Raises:
     ValueError: no implementation of that name, or the heads or head sizes do not fit together.
   """
-  name = 'blockwise' if impl is None else impl
-  if name not in IMPLEMENTATIONS:
+  if impl is not None and impl not in IMPLEMENTATIONS:
     known = sorted(IMPLEMENTATIONS)
-    raise ValueError(f'unknown decode_attention implementation {name!r}; known: {known}')
+    raise ValueError(f'unknown decode_attention implementation {impl!r}; known: {known}')
   _check(q, own)
   for region in shared:
     _check(q, region)
-  return IMPLEMENTATIONS[name](
-      q, own, shared, layer=layer, positions=positions, scale=scale, window=window,
-      softcap=softcap)
+
+  def run(name):
+    def call(q, own, shared, layer, positions, window):
+      return IMPLEMENTATIONS[name](
+          q, own, shared, layer=layer, positions=positions, scale=scale, window=window,
+          softcap=softcap)
+    return call
+
+  arrays = q, own, tuple(shared), layer, positions, window
+  if impl is not None or not tpu.is_default(q, own, shared):
+    return run(impl or 'blockwise')(*arrays)
+  return jax.lax.platform_dependent(*arrays, tpu=run('tpu'), default=run('blockwise'))
 
 
 def _check(q: jax.Array, region: Own | Shared) -> None:

@@ -7,9 +7,9 @@ from typing import Literal, overload
 
 import jax
 
-from kernels.token_logp import chunked, layout
+from kernels.token_logp import chunked, layout, tpu
 
-IMPLEMENTATIONS = {'chunked': chunked}
+IMPLEMENTATIONS = {'chunked': chunked, 'tpu': tpu}
 
 
 @overload
@@ -43,8 +43,8 @@ def token_logp(
   of a position is zero, nothing of that position reaches a gradient, whatever it holds.
 
   Under `jax.set_mesh` with Explicit axes the layout is read off the arguments: rows and tokens may
-  be split, and the vocabulary of `head` over axes that split neither. Inside shard_map it is a
-  function of local arrays.
+  be split, the rows of `head` over any axes, and its columns over axes that split none of these.
+  Inside shard_map it is a function of local arrays.
 
   Args:
     chunk: as many logits exist at one time as `chunk` tokens have (this device's tokens and
@@ -52,7 +52,7 @@ def token_logp(
     softcap: logits are cap * tanh(logit / cap).
     axis_name: inside shard_map, the mesh axis (or axes) that splits the vocabulary in equal parts.
     with_entropy: also gives the entropy of every position, in nats, without gradient.
-    impl: 'chunked'.
+    impl: 'chunked', the default, or 'tpu', a Pallas kernel that is for TPUs alone.
 
   Raises:
     ValueError: chunk below 1, shapes or layouts that do not fit, an unknown implementation.

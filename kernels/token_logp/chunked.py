@@ -9,6 +9,9 @@ carried is the gradient of the hidden states, [N, D] in float32.
 The forward pass keeps log-sum-exp, [N] in float32; the backward pass recomputes each block's logits
 once. Where the vocabulary does not divide by W the last block overlaps the one before and ignores
 the columns they share.
+
+Where devices share the rows of `head`, a block is gathered when its turn comes, forward and
+backward, and its gradient goes back as a sum of each device's rows: neither exists whole.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kernels.token_logp.layout import AxisName
 
 LANES = 128                   # columns of a TPU register: blocks are multiples of it
 LOWEST = float(jnp.finfo(jnp.float32).min)      # of ignored columns; times 0 it is 0, unlike -inf
@@ -33,16 +38,22 @@ def token_logp(
     chunk: int,
     softcap: float | None,
     with_entropy: bool,
-    axis_name: str | tuple[str, ...] | None,
+    axis_name: AxisName | None,
+    rows_over: AxisName | None,
+    statistics: Callable[..., Any] | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:      # [B, T] float32 each
-  """log p(target), and the entropy where it is asked for."""
+  """log p(target), and the entropy where it is asked for.
+
+  `axis_name` splits the columns of `head` over devices, `rows_over` its rows. `statistics` is what
+  gives the numbers per token that all is made of; None: `_statistics`, here.
+  """
   rows, size = targets.shape, head.shape[1]
   local = targets.reshape(-1)
   if axis_name is not None:
     local = local - size * jax.lax.axis_index(axis_name)
   width = block_width(local.size, size, chunk)
-  picked, part, mean = _statistics(
-      hidden.reshape(-1, hidden.shape[-1]), head, local, width, softcap, with_entropy)
+  picked, part, mean = (statistics or _statistics)(
+      hidden.reshape(-1, hidden.shape[-1]), head, local, width, softcap, with_entropy, rows_over)
   if axis_name is None:
     logp, log_z = picked - part, part
   else:
@@ -65,7 +76,8 @@ def log_collision(
     *,
     chunk: int,
     softcap: float | None,
-    axis_name: str | tuple[str, ...] | None,
+    axis_name: AxisName | None,
+    rows_over: AxisName | None,
 ) -> jax.Array:               # [B, T] float32
   rows = hidden.shape[:2]
   hidden, head = jax.lax.stop_gradient((hidden.reshape(-1, hidden.shape[-1]), head))
@@ -78,7 +90,7 @@ def log_collision(
 
   zero = _per_token(hidden, 0.0)
   top, total, squares = _over_blocks(
-      add, (_per_token(hidden, LOWEST), zero, zero), hidden, head, width, softcap)
+      add, (_per_token(hidden, LOWEST), zero, zero), hidden, head, width, softcap, rows_over)
   if axis_name is not None:
     shrink = jnp.exp(top - jax.lax.pmax(top, axis_name))
     total, squares = jax.lax.psum((shrink * total, shrink**2 * squares), axis_name)
@@ -91,7 +103,7 @@ def block_width(tokens: int, vocabulary: int, chunk: int) -> int:
   return min(vocabulary, math.ceil(vocabulary / max(blocks, 1) / LANES) * LANES)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def _statistics(
     hidden: jax.Array,        # [N, D]
     head: jax.Array,          # [D, V]
@@ -99,6 +111,7 @@ def _statistics(
     width: int,
     softcap: float | None,
     with_mean: bool,
+    rows_over: AxisName | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:    # [N] float32 each
   """The target's logit (0 where it is not here), log-sum-exp, and sum_v p_v logit_v (constant)."""
 
@@ -115,16 +128,16 @@ def _statistics(
   zero = _per_token(hidden, 0.0)
   top, total, picked, moment = _over_blocks(
       add, (_per_token(hidden, LOWEST), zero, zero, zero if with_mean else None),
-      hidden, head, width, softcap)
+      hidden, head, width, softcap, rows_over)
   return picked, top + jnp.log(total), moment / total if with_mean else None
 
 
-def _forward(hidden, head, targets, width, softcap, with_mean):
-  out = _statistics(hidden, head, targets, width, softcap, with_mean)
+def _forward(hidden, head, targets, *options):
+  out = _statistics(hidden, head, targets, *options)
   return out, (hidden, head, targets, out[1])
 
 
-def _backward(width, softcap, with_mean, saved, cotangents):
+def _backward(width, softcap, with_mean, rows_over, saved, cotangents):
   hidden, head, targets, log_z = saved
   of_target, of_log_z, _ = cotangents
   live = (of_target != 0) | (of_log_z != 0)      # [N]; garbage elsewhere must not meet a product
@@ -139,12 +152,15 @@ def _backward(width, softcap, with_mean, saved, cotangents):
     d = d.astype(hidden.dtype)
     d_hidden = d_hidden + jnp.einsum('nv,dv->nd', d, block, preferred_element_type=jnp.float32)
     d_block = jnp.einsum('nd,nv->dv', hidden, d, preferred_element_type=jnp.float32)
-    return d_hidden, jax.lax.dynamic_update_slice(d_head, d_block.astype(head.dtype), (0, column))
+    d_block = d_block.astype(head.dtype)
+    if rows_over is not None:
+      d_block = jax.lax.psum_scatter(d_block, rows_over, scatter_dimension=0, tiled=True)
+    return d_hidden, jax.lax.dynamic_update_slice(d_head, d_block, (0, column))
 
   # The last block first: what it leaves out of the columns it shares is then written over.
   d_hidden, d_head = _over_blocks(
       add, (jnp.zeros_like(hidden, jnp.float32), jnp.zeros_like(head)), hidden, head, width,
-      softcap, backward=True)
+      softcap, rows_over, backward=True)
   return d_hidden.astype(hidden.dtype), d_head, None
 
 
@@ -158,6 +174,7 @@ def _over_blocks(
     head: jax.Array,          # [D, V]
     width: int,
     softcap: float | None,
+    rows_over: AxisName | None,
     *,
     backward: bool = False,
 ) -> Any:
@@ -174,6 +191,8 @@ def _over_blocks(
     column = jnp.minimum(index * width, size - width)
     fresh = index * width - column
     block = jax.lax.dynamic_slice_in_dim(head, column, width, axis=1)
+    if rows_over is not None:
+      block = jax.lax.all_gather(block, rows_over, axis=0, tiled=True)
     z = jnp.einsum('nd,dv->nv', hidden, block, preferred_element_type=jnp.float32)
     slope = None
     if softcap is not None:
@@ -196,7 +215,7 @@ def _next_top(top: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.A
   return higher, jnp.exp(top - higher), jnp.exp(z - higher[:, None])
 
 
-def _log_sum_exp(x: jax.Array, axis_name: str | tuple[str, ...]) -> jax.Array:
+def _log_sum_exp(x: jax.Array, axis_name: AxisName) -> jax.Array:
   top = jax.lax.pmax(x, axis_name)
   return top + jnp.log(jax.lax.psum(jnp.exp(x - top), axis_name))
 

@@ -19,34 +19,37 @@ def on_each_device(
     *per_token: jax.Array,    # [B, T] each
     axis_name: AxisName | None,
 ) -> Any:
-  """function(hidden, head, *per_token, axis_name=...) whose results are all [B, T].
+  """function(hidden, head, *per_token, axis_name=..., rows_over=...) with results all [B, T].
 
   Without a mesh, on one with Auto axes and inside shard_map it is the plain call; on a mesh with
-  Explicit axes a shard_map over the layout of the arguments.
+  Explicit axes a shard_map over the layout of the arguments. `rows_over` are the axes that split
+  the rows of `head`, None where each device holds all of them.
 
   Raises:
-    ValueError: the features are split, or one axis splits both tokens and vocabulary.
+    ValueError: the features of hidden are split, or one axis splits both tokens and vocabulary.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or any(kind != AxisType.Explicit for kind in mesh.axis_types):
-    return function(*_vary_alike(hidden, head, *per_token, axes=axis_name), axis_name=axis_name)
+    return function(*_vary_alike(hidden, head, *per_token, axes=axis_name), axis_name=axis_name,
+                    rows_over=None)
   if axis_name is not None:
     raise ValueError(f'axis_name={axis_name!r} is for shard_map; on a mesh with Explicit axes the '
                      'layout of head says it')
   *rows, features = jax.typeof(hidden).sharding.spec
-  head_features, vocabulary = jax.typeof(head).sharding.spec
+  head_rows, vocabulary = jax.typeof(head).sharding.spec
   split = {axis for entry in rows for axis in _names(entry)}
-  if features or head_features or split & set(_names(vocabulary)):
+  if features or split & set(_names(vocabulary)):
     raise ValueError(
-        'hidden [B, T, D] may be split by B and T, head [D, V] by V and over other axes; got '
-        f'{jax.typeof(hidden).sharding.spec} and {jax.typeof(head).sharding.spec}')
+        'hidden [B, T, D] may be split by B and T, head [D, V] by D, and by V over axes that split '
+        f'no tokens; got {jax.typeof(hidden).sharding.spec} and {jax.typeof(head).sharding.spec}')
   tokens = P(*rows)
 
   def part(*arrays):
-    return function(*_vary_alike(*arrays, axes=vocabulary), axis_name=vocabulary)
+    alike = _vary_alike(*arrays, axes=vocabulary)
+    return function(*alike, axis_name=vocabulary, rows_over=head_rows)
 
   return jax.shard_map(
-      part, in_specs=(P(*rows, None), P(None, vocabulary), *(tokens for _ in per_token)),
+      part, in_specs=(P(*rows, None), P(head_rows, vocabulary), *(tokens for _ in per_token)),
       out_specs=tokens)(hidden, head, *(jax.sharding.reshard(x, tokens) for x in per_token))
 
 

@@ -3,7 +3,8 @@
 XLA's `cost_analysis` counts a loop body once and on-chip memory like any other. Here every loop has
 a figure of its own, to be multiplied by its trip count, and arrays that the compiler placed on the
 chip (`S(1)` in a layout) are free. A fusion that cuts a slice out of an array reads the slice; an
-update in place writes the update. Padding of tiles is not counted.
+update in place writes the update. Padding of tiles is not counted. A Pallas kernel moves what it
+estimates itself.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class Loop:
   moved: int                  # bytes
   inner: tuple[Loop, ...]     # in the order they run
   trips: int | None = None    # None: known at run time alone
+  kernels: tuple[tuple[str, int], ...] = ()     # by name, with their bytes; not in `moved`
 
   def total(self, unknown: float) -> float:
     """Bytes of all trips, of loops of unknown length so many."""
-    return self.moved + sum(
+    return self.moved + sum(size for _, size in self.kernels) + sum(
         (unknown if loop.trips is None else loop.trips) * loop.total(unknown)
         for loop in self.inner)
 
@@ -51,10 +53,20 @@ def loops(text: str) -> Loop:
     inner = [walk(i.called('body'), trip_count(i, computations))
              for i in body.values() if i.name == 'while']
     called = [walk(i.called('calls|to_apply'), 1) for i in body.values() if i.name == 'call']
-    moved = sum(_moved(body, i, computations) for i in body.values())
-    return Loop(moved, (*inner, *called), trips)
+    kernels = {name: size for name, i in body.items() if (size := _kernel_bytes(i)) is not None}
+    moved = sum(_moved(body, i, computations) for name, i in body.items() if name not in kernels)
+    return Loop(moved, (*inner, *called), trips,
+                tuple((name.partition('.')[0], size) for name, size in kernels.items()))
 
   return walk(entry, 1)
+
+
+def _kernel_bytes(i: Instruction) -> int | None:
+  """What a Pallas kernel says that it moves; None: it says nothing, or this is none."""
+  if i.name != 'custom-call' or 'custom_call_target="tpu_custom_call"' not in i.rest:
+    return None
+  found = re.search(r'"bytes_accessed":"(\d+)"', i.rest)
+  return int(found[1]) if found else None
 
 
 def _moved(body: Computation, i: Instruction, computations: dict[str, Computation]) -> int:

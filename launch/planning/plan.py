@@ -181,7 +181,7 @@ def rollout_programs(
                             store=store)
   spread = [setting.lengths.response * n // slots for n in range(slots)]   # at all stages
   moved = least if figures.refused else moved_bytes(
-      engine, figures.program, setting.lengths.prompt, spread)
+      engine, figures.program, setting.lengths.prompt, spread, readers)
   return [prefill, _with_figures(decode, topology, engine, figures, moved)]
 
 

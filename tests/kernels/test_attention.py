@@ -208,14 +208,16 @@ def test_one_plan_serves_all_layers_and_changes_nothing():
   rng = np.random.default_rng(3)
   q, k, v = draw(rng, 1, 300, 300, 2, 1, 4)
   spans = packed_pairs((120, 80, 101))
-  shared = plan(spans, 300, window=50)
-  assert shared is not None and (shared.block_q, shared.block_k) == (128, 128)
+  shared = plan(spans, 300, group=2, window=50)
+  assert shared is not None
+  assert (shared['blockwise'].block_q, shared['blockwise'].block_k) == (128, 128)
   options = {'scale': 0.5, 'window': 50}
   chosen = attention(q, k, v, spans, **options)
   np.testing.assert_array_equal(attention(q, k, v, spans, plan=shared, **options), chosen)
   np.testing.assert_allclose(
       chosen, attention(q, k, v, spans, impl='ref', **options), rtol=2e-6, atol=2e-6)
-  assert plan(causal(1, 20), 20) is None and plan(causal(1, 20), 20, impl='blockwise') is not None
+  short = functools.partial(plan, causal(1, 20), 20, group=1)
+  assert short() is None and sorted(short(impl='blockwise')) == ['blockwise']
 
 
 def test_no_array_of_queries_by_keys_and_one_forward_under_remat():
@@ -260,8 +262,13 @@ def test_unknown_implementations_and_plans_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match="unknown attention implementation 'fast'.*'ref'"):
     attention(x, x, x, causal(1, 4), scale=1.0, impl='fast')
   with pytest.raises(ValueError, match='takes no plan'):
-    attention(x, x, x, causal(1, 4), scale=1.0, impl='ref', plan=blocks.plan(causal(1, 4), 4))
+    attention(x, x, x, causal(1, 4), scale=1.0, impl='ref',
+              plan={'blockwise': blocks.plan(causal(1, 4), 4)})
+  with pytest.raises(ValueError, match="a plan for .'blockwise'., not for .* 'tpu'"):
+    attention(x, x, x, causal(1, 4), scale=1.0, impl='tpu',
+              plan={'blockwise': blocks.plan(causal(1, 4), 4)})
   with pytest.raises(ValueError, match='plan of 2 x 1 blocks.*1 x 1'):
-    attention(x, x, x, causal(1, 4), scale=1.0, plan=blocks.plan(causal(1, 9), 4, block_q=5))
+    attention(x, x, x, causal(1, 4), scale=1.0,
+              plan={'blockwise': blocks.plan(causal(1, 9), 4, block_q=5)})
   with pytest.raises(ValueError, match='at least 1 token'):
     blocks.plan(causal(1, 4), 4, block_q=0)

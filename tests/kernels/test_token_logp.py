@@ -313,14 +313,15 @@ def test_garbage_leaks_nothing_over_devices_either(check_vma):
   check(found, (expected[0][:, :3], *expected[1:3]))
 
 
-@pytest.mark.parametrize('rows, parts', [(2, 4), (8, 1)])
-def test_an_explicit_mesh_is_followed(rows, parts):
-  """Layouts are read off the types; gradients lie as their arrays do."""
+@pytest.mark.parametrize('rows, parts, over', [
+    (2, 4, None), (8, 1, None), (2, 4, 'rows'), (4, 2, 'rows')])
+def test_an_explicit_mesh_is_followed(rows, parts, over):
+  """Layouts are read off the types; gradients lie as their arrays do, the rows of head too."""
   hidden, head, targets, upstream = draw(5, **SHARDED)
   mesh = make_mesh(rows, parts, AxisType.Explicit)
   with jax.set_mesh(mesh):
     hidden, upstream = (jax.device_put(x, P('rows')) for x in (hidden, jnp.float32(upstream)))
-    head = jax.device_put(head, P(None, 'parts'))        # targets are not laid out
+    head = jax.device_put(head, P(over, 'parts'))        # targets are not laid out
 
     def total(h, w):
       out = token_logp(h, w, targets, chunk=10, softcap=4.0)

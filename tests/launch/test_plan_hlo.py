@@ -75,6 +75,22 @@ def test_bytes_by_loop_leave_out_what_is_on_the_chip():
   assert program.total(1) == program.moved + 4 * body.moved
 
 
+def test_a_pallas_kernel_moves_what_it_estimates():
+  config = '"custom_call_config":{"cost_estimate":{"flops":"8","bytes_accessed":"96"}}'
+  call = 'custom-call(%a), custom_call_target='
+  text = f"""ENTRY %main (a: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  %walk.3 = f32[8]{{0}} {call}"tpu_custom_call", backend_config={{{config}}}
+  %walk.4 = f32[8]{{0}} {call}"tpu_custom_call", backend_config={{{config}}}
+  %silent.1 = f32[8]{{0}} {call}"tpu_custom_call", backend_config={{}}
+  ROOT %other = f32[8]{{0}} {call}"Sharding", backend_config={{{config}}}
+}}
+"""
+  program = loops(text)
+  assert program.kernels == (('walk', 96), ('walk', 96))
+  assert program.moved == 2 * (32 + 32) and program.total(1) == 2 * 96 + 2 * 64
+
+
 def test_a_loop_whose_bound_is_no_constant_runs_as_often_as_said():
   text = PROGRAM.replace('%limit = s32[] constant(4)', '%limit = s32[] add(%n.1, %n.1)')
   computations, entry = parse(text)
