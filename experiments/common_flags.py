@@ -205,10 +205,19 @@ def set_defaults(path: str | os.PathLike[str]) -> None:
     FLAGS.set_default(name, text)
 
 
-def run(main: Callable[[Sequence[str]], None], parser: Callable | None = None) -> None:
-  """`app.run`, but what the user can mend is one sentence on stderr and exit status 2."""
+def run(
+    main: Callable[[Sequence[str]], None], parser: Callable | None = None, *, several: bool = False
+) -> None:
+  """`app.run`, but what the user can mend is one sentence on stderr and exit status 2.
+
+  `several`: the command may be several processes that are one run.
+  """
 
   def quiet(argv):
+    if not (several or hosts.alone()):
+      raise InputError('this command does not run in several processes', where=hosts.COORDINATOR,
+                       expected='1 process', found=jax.process_count(),
+                       fix='Start it on one host, with all its devices')
     if not FLAGS['verbosity'].present:
       logging.set_verbosity(logging.WARNING)   # libraries log every file they touch at INFO
     main(argv)

@@ -85,4 +85,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  common_flags.run(main, dive_flags.parse)
+  common_flags.run(main, dive_flags.parse, several=True)

@@ -25,15 +25,12 @@ from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import mean_estimate, proportion
 from jaxrl.losses import preference
 from jaxrl.losses.pairs import PLAIN
+from jaxrl.runs import durable, tables
 from jaxrl.runs import session as sessions
-from jaxrl.runs import tables
 from jaxrl.runs.folder import current_versions, open_run
 from jaxrl.runs.input_stage import input_stage
-from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.process import count_programs, keep_pages, peak_memory
-from jaxrl.runs.progress import Progress
 from jaxrl.runs.reference_stage import read_pairs, reference_stage, token_rows, training_pairs
-from jaxrl.runs.report import write_report
 from jaxrl.runs.session import Model, Session
 from jaxrl.runs.train_stage import train_stage
 from jaxrl.tokens.prompts import Prompt, prompt_ids
@@ -173,8 +170,11 @@ def measure(session: Session, iteration: int, model: Model, rows: Sequence[Mappi
   """
   stage = f'iteration_{iteration:02d}/held_out'
 
-  def produce(scratch: epath.Path) -> dict:
-    sums = held_out_sums(session, model.params, rows, lengths, f'held-out pairs, M{iteration}')
+  def rank(scratch: epath.Path) -> np.ndarray:
+    del scratch
+    return held_out_sums(session, model.params, rows, lengths, f'held-out pairs, M{iteration}')
+
+  def produce(scratch: epath.Path, sums: np.ndarray) -> dict:
     counts = np.array([[len(row[f'{side}_ids']) for side in ('chosen', 'rejected')]
                        for row in rows])
     ranked = {'mean': sums / counts, 'sequence': sums}
@@ -193,7 +193,7 @@ def measure(session: Session, iteration: int, model: Model, rows: Sequence[Mappi
     session.record(iteration, 'held_out', numbers)
     return numbers
 
-  session.run.stage(stage, (f'{stage}.json',), produce)
+  session.run.stage(stage, (f'{stage}.json',), produce, together=rank)
   return json.loads(session.run.path(stage, f'{stage}.json').read_text())
 
 
@@ -302,14 +302,14 @@ def main(argv) -> None:
   config = dpo_flags.check()
   keep_pages()
   programs = count_programs()
-  progress = Progress()
+  progress = sessions.open_progress()
   mesh = common_flags.mesh_from_flags()
   dpo_flags.check_devices(mesh)
   with open_run(FLAGS.run_dir or 'runs/dpo', flags=dpo_flags.effective(),
                 versions=current_versions(), free_flags=common_flags.FREE_FLAGS) as run, \
        jax.set_mesh(mesh):
     model, tokenizer = sessions.open_model_folder(FLAGS.model)
-    with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
+    with sessions.open_metrics(run) as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
                         common_flags.compute_policy(), FLAGS.seed, programs,
                         FLAGS.param_dtype)
@@ -321,10 +321,10 @@ def main(argv) -> None:
         train_labelled(session, start, config.kto_options)
       else:
         train_pairs(session, start, config)
-    write_report(run.folder)
+    sessions.report(run)
     progress.line(f'{programs()} programs compiled, peak memory {peak_memory() / 2**30:.2f} GiB; '
-                  f'model: {run.folder / "iteration_01" / "model"}')
+                  f'model: {durable.shared(run.folder / "iteration_01" / "model")}')
 
 
 if __name__ == '__main__':
-  common_flags.run(main)
+  common_flags.run(main, several=True)

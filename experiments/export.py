@@ -27,10 +27,11 @@ from etils import epath
 from experiments import common_flags, output_flag
 from jaxrl.errors import InputError
 from jaxrl.models.hugging_face import load_params, read_config, save_model
-from jaxrl.models.model_folder import find_tensors, local_path
+from jaxrl.models.model_folder import existing_folder, find_tensors, local_path
 from jaxrl.models.params import count_params
+from jaxrl.runs import durable
 from jaxrl.runs.folder import FLAGS as RECORDED
-from jaxrl.runs.folder import decode_flags
+from jaxrl.runs.folder import decode_flags, read_run
 from jaxrl.runs.progress import Progress
 from jaxrl.runs.stages import Run
 
@@ -72,12 +73,12 @@ def open_finished(folder: epath.Path) -> Run:
   Raises:
     InputError: this is not a run folder, or its manifest is damaged.
   """
-  if '://' in os.fspath(folder) or not os.path.isfile(folder / RECORDED):
+  if not os.path.isfile(folder / RECORDED):
     raise InputError('this is not a run folder', where=f'--run_dir={folder}',
                      expected=f'a folder with {RECORDED}',
                      found='a folder without it' if os.path.isdir(folder) else 'no folder',
                      fix='Give the --run_dir of a run')
-  return Run(epath.Path(os.path.abspath(folder)))
+  return Run(folder)
 
 
 def find_model(run: Run, iteration: int | None) -> tuple[str, str]:
@@ -117,7 +118,7 @@ def start_dtype(run: Run) -> str:
     return 'float32'
   fix = 'Give --dtype'
   try:
-    stored = find_tensors(local_path(start))
+    stored = find_tensors(existing_folder(start))
   except (InputError, OSError) as error:
     raise InputError('the checkpoint that the run started from tells no --dtype', where=start,
                      expected='its safetensors files', found=str(error), fix=fix) from error
@@ -159,8 +160,13 @@ def main(argv) -> None:
   del argv
   check()
   size = shard_bytes(FLAGS.max_shard_size)
+  with read_run(FLAGS.run_dir) as folder:
+    export(open_finished(folder), size)
+
+
+def export(run: Run, size: int) -> None:
+  """Writes --output, in files of at most `size` bytes."""
   progress = Progress()
-  run = open_finished(epath.Path(FLAGS.run_dir).expanduser())
   stage, model = find_model(run, FLAGS.iteration)
   dtype = FLAGS.dtype or start_dtype(run)
   folder = run.path(stage, model)
@@ -170,7 +176,8 @@ def main(argv) -> None:
     params = load_params(folder, c, mesh=mesh)
     save_model(FLAGS.output, params, c, tokenizer_from=folder, dtype=jnp.dtype(dtype),
                max_shard_bytes=size)
-    progress.line(f'{folder}: as it was when {stage} finished, {count_params(c):,} parameters')
+    progress.line(f'{durable.shared(folder)}: as it was when {stage} finished, '
+                  f'{count_params(c):,} parameters')
     if dtype != 'float32':
       progress.line(f'rounding to {dtype} changed the weights by {rounding(params, dtype):.2e} of '
                     'their size (root mean square)')

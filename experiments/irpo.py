@@ -66,4 +66,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  common_flags.run(main, irpo_flags.parse)
+  common_flags.run(main, irpo_flags.parse, several=True)

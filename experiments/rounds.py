@@ -36,17 +36,15 @@ from experiments import (
 from experiments.rounds_flags import RoundsConfig
 from jaxrl.data.batches import Pair
 from jaxrl.errors import InputError
+from jaxrl.runs import durable
 from jaxrl.runs import session as sessions
 from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage, greedy_accuracy
 from jaxrl.runs.folder import current_versions, open_run
 from jaxrl.runs.input_stage import input_stage
-from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.pair_stage import pair_stage
 from jaxrl.runs.problem_set import ProblemSet, read_problem_set
 from jaxrl.runs.process import count_programs, keep_pages, peak_memory
-from jaxrl.runs.progress import Progress
 from jaxrl.runs.reference_stage import read_pairs, reference_stage, training_pairs
-from jaxrl.runs.report import write_report
 from jaxrl.runs.sample_stage import Draws, sample_stage
 from jaxrl.runs.score_stage import score_stage
 from jaxrl.runs.select_stage import select_stage
@@ -133,7 +131,7 @@ def evaluate(made: Machinery, method: Method, t: int, model: Model) -> None:
       made.test.problems, made.test.prompts, made.config.rule, FLAGS.votes, FLAGS.vote_temperature,
       seed))
   method.measure(made.session, t)
-  write_report(made.session.run.folder)
+  sessions.report(made.session.run)
 
 
 def make_pairs(made: Machinery, method: Method, t: int, model: Model) -> list[Pair]:
@@ -285,7 +283,7 @@ def run(
   """
   keep_pages()
   programs = count_programs()
-  progress = Progress()
+  progress = sessions.open_progress()
   mesh = common_flags.mesh_from_flags()
   rounds_flags.check_devices(mesh)
   with open_run(FLAGS.run_dir or folder, flags=effective, versions=current_versions(),
@@ -299,11 +297,11 @@ def run(
       start = epath.Path(FLAGS.model)
       paths = {'train': epath.Path(FLAGS.train), 'test': epath.Path(FLAGS.test)}
     model, tokenizer = sessions.open_model_folder(start)
-    with MetricsLog(opened.folder / 'metrics.jsonl') as metrics:
+    with sessions.open_metrics(opened) as metrics:
       session = Session(opened, metrics, progress, mesh, model, tokenizer,
                         common_flags.compute_policy(), FLAGS.seed, programs,
                         FLAGS.param_dtype)
       iterate(session, config, make_method, start, paths, labelled, world_writing)
       show(session)
     progress.line(f'{programs()} programs compiled, peak memory {peak_memory() / 2**30:.2f} GiB; '
-                  f'report: {opened.folder / "report.html"}')
+                  f'report: {durable.shared(opened.folder / "report.html")}')

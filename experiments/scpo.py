@@ -106,4 +106,4 @@ def main(argv) -> None:
 
 
 if __name__ == '__main__':
-  common_flags.run(main, scpo_flags.parse)
+  common_flags.run(main, scpo_flags.parse, several=True)

@@ -32,13 +32,10 @@ from jaxrl.data.readers import Example, ExampleFields, read_examples, read_probl
 from jaxrl.errors import InputError
 from jaxrl.models.hugging_face import save_model
 from jaxrl.models.params import count_params, init_params
+from jaxrl.runs import durable, tables
 from jaxrl.runs import session as sessions
-from jaxrl.runs import tables
 from jaxrl.runs.folder import current_versions, open_run
-from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.process import count_programs, keep_pages
-from jaxrl.runs.progress import Progress
-from jaxrl.runs.report import write_report
 from jaxrl.runs.session import Session
 from jaxrl.runs.stages import Run
 from jaxrl.runs.train_stage import train_stage
@@ -209,9 +206,13 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
   learning_rate_schedule(optimizer, loop.steps)   # a warm-up that is too long is refused here
 
   def held_out_stage(name: str, step: int, folder: epath.Path) -> None:
-    def produce(scratch: epath.Path) -> dict:
+    def score(scratch: epath.Path) -> tuple[list[float], dict[str, float]]:
+      del scratch
       params = sessions.load_model(session, folder).params
-      sums, numbers = held_out_loss(session, params, test_rows, lengths, f'{name} training')
+      return held_out_loss(session, params, test_rows, lengths, f'{name} training')
+
+    def produce(scratch: epath.Path, found: tuple[list[float], dict[str, float]]) -> dict:
+      sums, numbers = found
       tables.write_table(scratch / f'{name}.parquet', [
           {'prompt_id': prompt_id, 'tokens': len(row.response_ids), 'nll': value}
           for prompt_id, row, value in zip(test_ids, test_rows, sums, strict=True)], HELD_OUT)
@@ -219,7 +220,7 @@ def fine_tune(session: Session, start: epath.Path) -> epath.Path:
       return numbers
 
     if test_rows:
-      run.stage(f'sft/{name}', (f'sft/{name}.parquet',), produce)
+      run.stage(f'sft/{name}', (f'sft/{name}.parquet',), produce, together=score)
 
   def look(step: int, params: dict) -> bool:
     if step % FLAGS.eval_every == 0:
@@ -250,7 +251,7 @@ def main(argv) -> None:
   sft_flags.check()
   keep_pages()
   programs = count_programs()
-  progress = Progress()
+  progress = sessions.open_progress()
   mesh = common_flags.mesh_from_flags()
   sft_flags.check_devices(mesh)
   with open_run(FLAGS.run_dir or 'runs/sft', flags=sft_flags.effective(),
@@ -267,15 +268,15 @@ def main(argv) -> None:
             f'{counts[f"{split}/dropped"]} rows dropped and '
             f'{counts[f"{split}/truncated"]} cut for their length')
     progress.line(f'{start}: {count_params(model):,} parameters')
-    with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
+    with sessions.open_metrics(run) as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
                         common_flags.compute_policy(), FLAGS.seed, programs,
                         FLAGS.param_dtype)
       folder = fine_tune(session, start)
-    write_report(run.folder)
-    progress.line(f'report: {run.folder / "report.html"}')
-    progress.line(f'model: {folder}')
+    sessions.report(run)
+    progress.line(f'report: {durable.shared(run.folder / "report.html")}')
+    progress.line(f'model: {durable.shared(folder)}')
 
 
 if __name__ == '__main__':
-  common_flags.run(main, sft_flags.parse)
+  common_flags.run(main, sft_flags.parse, several=True)

@@ -42,17 +42,14 @@ from jaxrl.data.readers import Example, read_examples, read_rows
 from jaxrl.errors import InputError
 from jaxrl.models.hugging_face import read_config
 from jaxrl.preferences.irpo import cap
+from jaxrl.runs import durable, tables
 from jaxrl.runs import session as sessions
-from jaxrl.runs import tables
 from jaxrl.runs.evaluation_stage import Evaluation, evaluation_stage, summarise
 from jaxrl.runs.folder import current_versions, open_run
 from jaxrl.runs.input_stage import input_stage
-from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.problem_set import ProblemSet, read_problem_set
 from jaxrl.runs.process import count_programs, keep_pages, peak_memory
-from jaxrl.runs.progress import Progress
-from jaxrl.runs.report import write_report
-from jaxrl.runs.sample_stage import Draws, draw_rows
+from jaxrl.runs.sample_stage import Draws, draw_rows, share_of
 from jaxrl.runs.score_stage import check_rows
 from jaxrl.runs.session import Session
 from jaxrl.runs.train_stage import train_stage
@@ -277,12 +274,16 @@ def weak_evaluation(session: Session, role: str, folder: epath.Path, test: Probl
   """Stage 'weak_ROLE/evaluation': the weak model's greedy answers."""
   stage = f'weak_{role}/evaluation'
 
-  def produce(scratch: epath.Path) -> dict:
+  def draw(scratch: epath.Path) -> list[dict]:
+    del scratch
     weak = session_for(session, folder)
     engine = engine_for(weak)
     params = engine_params(engine, sessions.load_model(weak, folder).params)
-    with session.progress.stage(f'evaluate weak {role}', len(test.prompts), 'samples') as bar:
-      drawn = draw_rows(weak, engine, params, test.prompts, Draws(1, 0.0, 0), bar)
+    total = share_of(test.prompts)
+    with session.progress.stage(f'evaluate weak {role}', total, 'samples') as bar:
+      return draw_rows(weak, engine, params, test.prompts, Draws(1, 0.0, 0), bar)
+
+  def produce(scratch: epath.Path, drawn: list[dict]) -> dict:
     rows = [
         {key: row[key] for key in (
             'prompt_id', 'sample_index', 'prompt', 'response', 'finish_reason')}
@@ -295,7 +296,7 @@ def weak_evaluation(session: Session, role: str, folder: epath.Path, test: Probl
     session.record(0, f'weak_{role}', summary)
     return summary
 
-  session.run.stage(stage, (f'{stage}.parquet',), produce)
+  session.run.stage(stage, (f'{stage}.parquet',), produce, together=draw)
 
 
 def evaluate(session: Session, inputs: Inputs, start: epath.Path) -> None:
@@ -339,7 +340,7 @@ def main(argv) -> None:
   options = wspo_flags.check()
   keep_pages()
   programs = count_programs()
-  progress = Progress()
+  progress = sessions.open_progress()
   mesh = common_flags.mesh_from_flags()
   wspo_flags.check_devices(mesh)
   if FLAGS.model is not None:      # before the run folder is made
@@ -351,7 +352,7 @@ def main(argv) -> None:
     folder = world.world_stage(run, FLAGS.seed) if FLAGS.model is None else None
     model, tokenizer = sessions.open_model_folder(
         FLAGS.model if folder is None else folder / 'start')
-    with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
+    with sessions.open_metrics(run) as metrics:
       session = Session(run, metrics, progress, mesh, model, tokenizer,
                         common_flags.compute_policy(), FLAGS.seed, programs, FLAGS.param_dtype)
       inputs = given() if folder is None else embedded(session, folder)
@@ -362,10 +363,10 @@ def main(argv) -> None:
       if inputs.test is not None:
         evaluate(session, inputs, start)
       wspo_table.show(session)
-    write_report(run.folder)
+    sessions.report(run)
     progress.line(f'{programs()} programs compiled, peak memory {peak_memory() / 2**30:.2f} GiB; '
-                  f'model: {run.folder / "iteration_01" / "model"}')
+                  f'model: {durable.shared(run.folder / "iteration_01" / "model")}')
 
 
 if __name__ == '__main__':
-  common_flags.run(main, wspo_flags.parse)
+  common_flags.run(main, wspo_flags.parse, several=True)

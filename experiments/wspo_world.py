@@ -22,6 +22,7 @@ from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.hugging_face import save_model
 from jaxrl.models.params import init_params
+from jaxrl.parallel import hosts
 from jaxrl.runs import tables
 from jaxrl.runs.session import Session
 
@@ -65,7 +66,9 @@ def align_stage(session: Session, folder: epath.Path, base: epath.Path) -> epath
         f'--seed={FLAGS.seed}', *(
             f'--{name}={text}' for name in ('max_prompt_length', 'max_new_tokens')
             if (text := FLAGS[name].value) is not None)]
-    environment = dict(os.environ)
+    # Of several processes one starts it, as a run of one process.
+    environment = {name: text for name, text in os.environ.items() if name not in (
+        hosts.COORDINATOR, hosts.PROCESSES, hosts.PROCESS_ID)}
     if session.mesh.devices.flat[0].platform != 'cpu':
       environment['JAX_PLATFORMS'] = 'cpu'   # the accelerator is held by this process
     session.progress.line('$ ' + ' '.join(command[1:]))

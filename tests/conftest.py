@@ -20,6 +20,8 @@ os.environ['XLA_FLAGS'] = _flags
 import jax  # reads the environment when it is imported
 import pytest
 
+from tests import bucket as stand_in
+
 MOST_MAPS = 25_000
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -36,3 +38,15 @@ def _few_memory_maps():
   if maps.exists() and maps.read_bytes().count(b'\n') > MOST_MAPS:
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """A stand-in for a bucket on gs://, for this process and those it starts."""
+  with stand_in.serve() as (served, environment):
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value)
+    pytest.importorskip('gcsfs', reason='gcsfs is not installed: pip install jaxrl[gcs]')
+    import fsspec
+    monkeypatch.setitem(fsspec.config.conf.setdefault('gcs', {}), 'token', 'anon')
+    yield served

@@ -15,7 +15,9 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxrl import objects
 from jaxrl.errors import InputError
+from jaxrl.models.local_copy import PICKLE_SUFFIXES, fetch_weights, local_copy
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -26,7 +28,6 @@ ITEM_BYTES = {
     'I64': 8, 'I32': 4, 'I16': 2, 'I8': 1, 'U64': 8, 'U32': 4, 'U16': 2, 'U8': 1, 'BOOL': 1,
     'C64': 8,
 }
-PICKLE_SUFFIXES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 
 # read(name, offset, out) fills `out` with the tensor's bytes from byte `offset` of it on.
 ReadTensor = Callable[[str, int, memoryview], None]
@@ -44,17 +45,17 @@ class StoredTensor:
 
 
 def local_path(folder: str | os.PathLike) -> Path:
-  """A path of this machine; InputError for 'gs://...' and the like, which cannot be mapped."""
-  if '://' in os.fspath(folder):
+  """A path of this machine; InputError for 'gs://...' and the like, which cannot be written."""
+  if objects.is_url(folder):
     raise InputError(
-        'model folders have to lie on a local disk', where=os.fspath(folder),
-        expected='a path without "://"', fix='Copy the folder to a local disk first')
+        'model folders are written on a local disk', where=os.fspath(folder),
+        expected='a path without "://"', fix='Give a local path and copy the folder afterwards')
   return Path(folder)
 
 
 def existing_folder(folder: str | os.PathLike) -> Path:
-  """The folder as a path; InputError where it is remote, missing or a file."""
-  path = local_path(folder)
+  """The folder as a path of this machine, see `local_copy`; InputError where there is none."""
+  path = local_copy(folder) if objects.is_url(folder) else Path(folder)
   if path.is_dir():
     return path
   raise InputError(
@@ -173,6 +174,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     InputError: there are no safetensors weights (pickle files are never opened), both layouts are
       present, or the index and its shards disagree.
   """
+  fetch_weights(folder)
   single, index = folder / SINGLE, folder / INDEX
   if single.exists() and index.exists():
     raise InputError(

@@ -27,14 +27,9 @@ from jaxrl.errors import InputError
 from jaxrl.models import peft_config
 from jaxrl.models.config import Lora, ModelConfig
 from jaxrl.models.hugging_face_names import TENSORS
+from jaxrl.models.local_copy import PICKLE_SUFFIXES, fetch_weights
 from jaxrl.models.lora import TARGETS, Adapter, check_lora, possible_targets, split_dimensions
-from jaxrl.models.model_folder import (
-    PICKLE_SUFFIXES,
-    StoredTensor,
-    existing_folder,
-    local_path,
-    read_header,
-)
+from jaxrl.models.model_folder import StoredTensor, existing_folder, local_path, read_header
 from jaxrl.models.params import layer_specs
 
 CONFIG = 'adapter_config.json'
@@ -84,6 +79,7 @@ def read_adapter(folder: str | os.PathLike, c: ModelConfig) -> tuple[Lora, Adapt
       shape or type, or not finite.
   """
   folder = existing_folder(folder)
+  fetch_weights(folder)
   config = peft_config.read(folder / CONFIG)
   stored = _find_tensors(folder)
   known = {module.name.format(layer=layer): (module, layer)
@@ -221,7 +217,7 @@ def write_adapter(folder: str | os.PathLike, adapter: Adapter, c: ModelConfig) -
   check_lora(c)
   assert c.lora is not None
   folder = local_path(folder)
-  if os.path.lexists(folder):
+  if jax.process_index() == 0 and os.path.lexists(folder):
     raise InputError('the folder to save the adapter in already exists', where=folder,
                      expected='a new name', fix='Choose another name, or remove the folder first')
   used = [(m, [p for p in m.parts if p in c.lora.targets]) for m in modules(c)]
@@ -250,7 +246,7 @@ def write_adapter(folder: str | os.PathLike, adapter: Adapter, c: ModelConfig) -
     if jax.process_index() == 0:
       shutil.rmtree(temporary, ignore_errors=True)   # gone already where all went well
   if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'saved {folder}')
+    multihost_utils.sync_global_devices(f'saved {folder.name}')
 
 
 def _stored_tensors(

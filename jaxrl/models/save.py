@@ -64,7 +64,8 @@ def save_model(
   if dtype is not None and np.dtype(dtype).name not in SPELLING:
     raise InputError('models cannot be saved in this type', where=folder,
                      expected=' or '.join(SPELLING), found=np.dtype(dtype).name)
-  if os.path.lexists(folder):
+  is_writer = jax.process_index() == 0
+  if is_writer and os.path.lexists(folder):
     raise InputError('the folder to save the model in already exists', where=folder,
                      expected='a new name', fix='Choose another name, or remove the folder first')
   tokenizer = None if tokenizer_from is None else tokenizer_folder(tokenizer_from)
@@ -77,7 +78,6 @@ def save_model(
       size for name, size in sizes.items() if types[name].name == kind))
   config = config_of(c, origin, ids, main)
   temporary = folder.with_name(folder.name + '.saving')
-  is_writer = jax.process_index() == 0
   try:
     if is_writer:
       shutil.rmtree(temporary, ignore_errors=True)   # left by a run that was killed
@@ -95,8 +95,14 @@ def save_model(
   finally:
     if is_writer:
       shutil.rmtree(temporary, ignore_errors=True)   # gone already where all went well
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(f'saved {folder}')
+  if _is_spread(params):
+    multihost_utils.sync_global_devices(f'saved {folder.name}')
+
+
+def _is_spread(params: Params) -> bool:
+  """Whether parameters lie on devices of several hosts."""
+  return any(
+      isinstance(x, jax.Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
 
 
 def _types(c: ModelConfig, dtype, like: str | os.PathLike | None) -> dict[str, np.dtype]:

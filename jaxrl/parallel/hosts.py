@@ -40,6 +40,7 @@ _WATCH = 'jaxrl/watch'
 _AGAIN = 'the same command goes on from the last checkpoint'
 _BROKEN = 'process 0 was lost (the connection to it broke)'
 _FOREVER_MS = 1 << 31
+_PIECE = 1 << 20           # characters of a text that go into the store at once
 _STUCK_AFTER = 1800.0     # seconds that Python may stand still; longer than any compilation
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,6 +160,11 @@ def start(config: HostsConfig | None) -> Iterator[None]:
     watch.finish()
 
 
+def alone() -> bool:
+  """True where `start` has joined no other process; asks no device."""
+  return distributed.global_state.num_processes == 1
+
+
 def is_writer() -> bool:
   """True in the one process that writes files."""
   return jax.process_index() == 0
@@ -191,7 +197,7 @@ def barrier(name: str, seconds: float | None = None) -> None:
 
 
 def broadcast(value: Any) -> Any:
-  """What process 0 passed, in every process; a JSON-able value of at most a megabyte.
+  """What process 0 passed, in every process, as JSON holds it.
 
   All processes call it in the same order, from one thread; it is no device program.
   """
@@ -200,11 +206,44 @@ def broadcast(value: Any) -> Any:
   key = f'jaxrl/broadcast/{next(_count)}'
   if is_writer():
     text = json.dumps(value)
-    assert len(text) <= 1 << 20, len(text)
-    _store().key_value_set(key, text)
+    _leave(key, text)
     return json.loads(text)
   with waiting('what process 0 says'):
-    return json.loads(_store().blocking_key_value_get(key, _FOREVER_MS))
+    return json.loads(_found(key))
+
+
+def gather(value: Any, what: str) -> list[Any] | None:
+  """In process 0 what all processes passed, in their order, as JSON holds it; None in the others.
+
+  Process 0 waits for all, named `what`; the others go on. Called as `broadcast` is.
+  """
+  if jax.process_count() == 1:
+    return [json.loads(json.dumps(value))]
+  key = f'jaxrl/gather/{next(_count)}'
+  if not is_writer():
+    _leave(f'{key}/{jax.process_index()}', json.dumps(value))
+    return None
+  found = [json.loads(json.dumps(value))]
+  for process in range(1, jax.process_count()):
+    with waiting(f'{what} of process {process}'):
+      found.append(json.loads(_found(f'{key}/{process}')))
+  _store().key_value_delete(key)      # it may be most of what the store holds
+  return found
+
+
+def _leave(key: str, text: str) -> None:
+  """Puts a text into the store, in pieces that one message holds."""
+  pieces = [text[n:n + _PIECE] for n in range(0, len(text), _PIECE)]
+  for n, piece in enumerate(pieces):
+    _store().key_value_set(f'{key}/{n}', piece)
+  _store().key_value_set(f'{key}/pieces', str(len(pieces)))    # last: all are there
+
+
+def _found(key: str) -> str:
+  """Waits for what `_leave` left."""
+  count = int(_store().blocking_key_value_get(f'{key}/pieces', _FOREVER_MS))
+  return ''.join(
+      _store().blocking_key_value_get(f'{key}/{n}', _FOREVER_MS) for n in range(count))
 
 
 @contextlib.contextmanager
@@ -385,8 +424,11 @@ class _Watch:
         list(traceback.walk_tb(self.raised.__traceback__)))
     for frame, line in stack:
       path = Path(frame.f_code.co_filename)
-      if path.is_relative_to(_ROOT) and path != Path(__file__):
-        return f'was in {frame.f_code.co_name} ({path.relative_to(_ROOT)}, line {line})'
+      if path == Path(__file__) or not path.is_relative_to(_ROOT):
+        continue
+      inside = path.relative_to(_ROOT)
+      if 'site-packages' not in inside.parts:    # a virtual environment may lie in the repository
+        return f'was in {frame.f_code.co_name} ({inside}, line {line})'
     return 'was in code of other packages'
 
   def coordinator_is_gone(self) -> bool:

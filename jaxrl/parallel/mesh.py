@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -72,6 +73,11 @@ def _placed(sizes: tuple[int, int, int, int], devices: Sequence[jax.Device]) -> 
       (data // slices, *inner), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
 
 
+def on_own_device() -> contextlib.AbstractContextManager:
+  """A context for programs of this process alone, whatever mesh of several processes is set."""
+  return jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))
+
+
 def ways(mesh: jax.sharding.Mesh) -> int:
   """How many parts the rows of a batch are split into."""
   return mesh.shape['data'] * mesh.shape['fsdp']
@@ -79,6 +85,8 @@ def ways(mesh: jax.sharding.Mesh) -> int:
 
 def rollout_mesh(mesh: jax.sharding.Mesh, tensor: int | None = None) -> jax.sharding.Mesh:
   """The same devices in the same order, as ('data', 'tensor') for sampling.
+
+  Of several processes each has a mesh of its own devices alone, and samples by itself.
 
   Args:
     mesh: that of training.
@@ -88,10 +96,14 @@ def rollout_mesh(mesh: jax.sharding.Mesh, tensor: int | None = None) -> jax.shar
     InputError: the devices do not divide by `tensor`.
   """
   tensor = mesh.shape['tensor'] if tensor is None else tensor
-  if tensor < 1 or mesh.size % tensor:
+  devices = np.asarray(mesh.devices).reshape(-1)
+  of = ''
+  if jax.process_count() > 1:
+    devices = np.array([d for d in devices if d.process_index == jax.process_index()])
+    of = ' of one process: parameters are not split over processes while sampling'
+  if tensor < 1 or devices.size % tensor:
     raise InputError('the devices cannot be shared so', where='--rollout_tensor',
-                     expected=f'a divisor of {mesh.size} devices', found=tensor)
+                     expected=f'a divisor of {devices.size} devices{of}', found=tensor)
   # Auto: all that runs on it is manual (`shard_map`), but for copies between layouts.
   auto = (jax.sharding.AxisType.Auto,) * len(ROLLOUT_AXES)
-  return jax.sharding.Mesh(
-      np.asarray(mesh.devices).reshape(-1, tensor), ROLLOUT_AXES, axis_types=auto)
+  return jax.sharding.Mesh(devices.reshape(-1, tensor), ROLLOUT_AXES, axis_types=auto)

@@ -11,7 +11,7 @@ from etils import epath
 from jaxrl.models.identity import identity
 from jaxrl.models.lora import adapter_shardings, attach, merge
 from jaxrl.models.peft_folder import read_adapter
-from jaxrl.runs.session import Session, load_model, write_model
+from jaxrl.runs.session import Session, clear, counts_of, load_model, write_model
 
 
 def adapter_stage(session: Session, model: epath.Path, adapter: epath.Path) -> epath.Path:
@@ -20,7 +20,7 @@ def adapter_stage(session: Session, model: epath.Path, adapter: epath.Path) -> e
   Raises:
     InputError: the adapter folder cannot be used, see `read_adapter`.
   """
-  def produce(scratch: epath.Path) -> Mapping:
+  def merge_both(scratch: epath.Path) -> Mapping:
     lora, factors = read_adapter(adapter, session.model)
     adapted = dataclasses.replace(session.model, lora=lora)
     factors = jax.device_put(factors, adapter_shardings(adapted, session.mesh))
@@ -31,11 +31,10 @@ def adapter_stage(session: Session, model: epath.Path, adapter: epath.Path) -> e
 
     # Donated: the start and the merged model need not exist at one time.
     merged = jax.jit(merged_with, donate_argnums=0)(base.params, factors)
-    if (scratch / 'model').exists():
-      (scratch / 'model').rmtree()
+    clear(scratch / 'model')
     write_model(session, scratch / 'model', merged, model)
     return {'before': base.identity, 'after': identity(merged), 'rank': lora.rank,
             'targets': ','.join(lora.targets)}
 
-  session.run.stage('start/merge', ('start/model',), produce)
+  session.run.stage('start/merge', ('start/model',), counts_of, together=merge_both)
   return session.run.path('start/merge', 'start/model')

@@ -1,4 +1,8 @@
-"""Writing so that neither a kill nor a full disk leaves half a file under its final name."""
+"""Writing so that neither a kill nor a full disk leaves half a file under its final name.
+
+Where the folder is the working copy of one on gs:// (`working_copy`), what is on the disk when a
+verb returns is in the bucket as well, and `refresh` brings here what others have put there.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,13 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
+from etils import epath
+
 from jaxrl.errors import InputError
+from jaxrl.runs import working_copy
 
 Path = str | os.PathLike[str]
 
@@ -51,6 +58,7 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         os.unlink(partial)
       raise
     sync(folder or '.')
+  _put(target)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -106,12 +114,76 @@ def move(source: Path, target: Path) -> None:
     remove(target)
   os.replace(source, target)
   sync(os.path.dirname(os.fspath(target)))
+  _put(target)
 
 
 def remove(path: Path) -> None:
   """Removes a file or a folder; does nothing where there is none."""
+  if place := working_copy.find(path):
+    place[0].delete(place[1])
   if os.path.isdir(path) and not os.path.islink(path):
     shutil.rmtree(path)
   else:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(path)
+
+
+def sync_log(path: Path, descriptor: int) -> None:
+  """Waits until the lines that were added to an open log are on the disk."""
+  with naming_full_disk(path):
+    os.fsync(descriptor)
+  if place := working_copy.find(path):
+    place[0].extend(place[1])
+
+
+def sync_seconds(path: Path) -> float:
+  """How often a log that grows all the time is to be waited for."""
+  return 1.0 if working_copy.find(path) is None else working_copy.LOG_SECONDS
+
+
+def end_log(path: Path) -> None:
+  """Says that a log is complete for now: a bucket then has it as one object."""
+  if place := working_copy.find(path):
+    place[0].end_log(place[1])
+
+
+def put_folder(path: Path) -> None:
+  """Puts a folder that was not written by the verbs above into the bucket, if there is one."""
+  _put(path)
+
+
+def refresh(path: Path) -> None:
+  """Brings a file, a log or a folder here that another process, or another machine, has put."""
+  if place := working_copy.find(path):
+    place[0].get(place[1])
+
+
+def before_change(folder: Path, check: Callable[[], None]) -> None:
+  """Has `check` called, which may raise, before anything in the bucket changes."""
+  if place := working_copy.find(folder):
+    place[0].before_change = check
+
+
+def refresh_small(folder: Path) -> None:
+  """Brings all of a folder on gs:// here that is published, but for the weights of models."""
+  if place := working_copy.find(folder):
+    place[0].get_small()
+
+
+def names(folder: Path) -> list[str]:
+  """Sorted names of what is in a folder, those included that `refresh` would bring."""
+  found = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+  if place := working_copy.find(folder):
+    found |= place[0].names(place[1])
+  return sorted(found)
+
+
+def shared(path: Path) -> epath.Path:
+  """The path by which all machines know it: gs://... in a working copy, otherwise the same."""
+  place = working_copy.find(path)
+  return epath.Path(path if place is None else place[0].url_of(place[1]))
+
+
+def _put(path: Path) -> None:
+  if place := working_copy.find(path):
+    place[0].put(place[1])

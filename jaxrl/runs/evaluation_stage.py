@@ -12,10 +12,11 @@ from jaxrl.data.readers import Problem
 from jaxrl.evaluation.accuracy import majority_correct
 from jaxrl.evaluation.grid_accuracy import grid_accuracy
 from jaxrl.evaluation.statistics import proportion
+from jaxrl.parallel import hosts
 from jaxrl.rewards.checking import AnswerRule, Verdict
 from jaxrl.runs import tables
 from jaxrl.runs.process import peak_memory
-from jaxrl.runs.sample_stage import Draws, draw_rows
+from jaxrl.runs.sample_stage import Draws, draw_rows, share_of
 from jaxrl.runs.score_stage import check_rows
 from jaxrl.runs.session import Model, Session
 from jaxrl.sampling.engine import Engine
@@ -45,24 +46,29 @@ def evaluation_stage(
   """
   name = f'iteration_{iteration:02d}/evaluation'
 
-  def produce(scratch: epath.Path) -> dict:
+  def draw(scratch: epath.Path) -> dict[str, list[dict]]:
+    """Rows by kind; of several processes process 0 has them."""
+    del scratch
     params = engine_params(engine, model.params)
     kinds = {'greedy': Draws(1, 0.0, 0)}
     if test.votes:
       kinds['vote'] = Draws(test.votes, test.vote_temperature, test.vote_seed)
-    total = len(test.prompts) * (1 + test.votes)
-    rows: list[dict] = []
+    total = share_of(test.prompts) * (1 + test.votes)
     with session.progress.stage(f'iteration {iteration}: evaluate', total, 'samples') as bar:
-      for kind, draws in kinds.items():
-        drawn = draw_rows(session, engine, params, test.prompts, draws, bar)
-        checks = check_rows(drawn, test.problems, test.rule)
-        rows += [
-            {key: row[key] for key in (
-                'prompt_id', 'sample_index', 'prompt', 'response', 'finish_reason')}
-            | {key: check[key] for key in ('gold', 'answer', 'verdict')}
-            | {'kind': kind, 'length': len(row['response_ids'])}
-            for row, check in zip(drawn, checks, strict=True)
-        ]
+      return {kind: draw_rows(session, engine, params, test.prompts, draws, bar)
+              for kind, draws in kinds.items()}
+
+  def produce(scratch: epath.Path, by_kind: Mapping[str, list[dict]]) -> dict:
+    rows: list[dict] = []
+    for kind, drawn in by_kind.items():
+      checks = check_rows(drawn, test.problems, test.rule)
+      rows += [
+          {key: row[key] for key in (
+              'prompt_id', 'sample_index', 'prompt', 'response', 'finish_reason')}
+          | {key: check[key] for key in ('gold', 'answer', 'verdict')}
+          | {'kind': kind, 'length': len(row['response_ids'])}
+          for row, check in zip(drawn, checks, strict=True)
+      ]
     tables.write_table(scratch / 'evaluation.parquet', rows, tables.EVALUATION)
     summary = summarise(rows)
     if test.rule.kind == 'grid':
@@ -72,20 +78,24 @@ def evaluation_stage(
         'perf/compiled_programs': session.programs(), 'perf/peak_memory_bytes': peak_memory()})
     return summary
 
-  return session.run.stage(name, (f'{name}.parquet',), produce).counts
+  return session.run.stage(name, (f'{name}.parquet',), produce, together=draw).counts
 
 
 def greedy_accuracy(
     session: Session, engine: Engine, params: dict, problems: Mapping[str, Problem],
     prompts: Sequence[EncodedPrompt], rule: AnswerRule,
 ) -> dict[str, float]:
-  """`summarise` of greedy answers under parameters in training; nothing is written."""
+  """`summarise` of greedy answers under parameters in training; nothing is written.
+
+  Of several processes all call this and are told the same numbers.
+  """
   whole = engine_params(engine, params)
-  with session.progress.stage('dev', len(prompts), 'samples') as bar:
+  with session.progress.stage('dev', share_of(prompts), 'samples') as bar:
     drawn = draw_rows(session, engine, whole, prompts, Draws(1, 0.0, 0), bar)
-  return summarise([
+  return hosts.broadcast(summarise([
       row | check | {'kind': 'greedy', 'length': len(row['response_ids'])}
-      for row, check in zip(drawn, check_rows(drawn, problems, rule), strict=True)])
+      for row, check in zip(drawn, check_rows(drawn, problems, rule), strict=True)
+  ]) if hosts.is_writer() else None)
 
 
 def summarise(rows: Sequence[Mapping]) -> dict[str, float]:

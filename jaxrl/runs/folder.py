@@ -8,15 +8,19 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
+from jaxrl import objects
 from jaxrl.errors import InputError
 from jaxrl.runs import durable, manifest
+from jaxrl.runs.lease import hold_lease
 from jaxrl.runs.lock import hold_lock
-from jaxrl.runs.stages import Run
+from jaxrl.runs.stages import Run, Team, await_file
+from jaxrl.runs.working_copy import working_folder
 
 FLAGS, VERSIONS, LOCK = 'flags.flags', 'versions.json', 'lock'
 # Where the run is does not change what it does; the flags of a flag file are listed themselves.
@@ -36,35 +40,35 @@ def open_run(
   """Creates or reopens a run folder and holds its lock while the block runs.
 
   Args:
-    run_dir: a folder that is new, empty or a run; on a file system with locks and renames.
+    run_dir: a folder that is new, empty or a run; on a file system with locks and renames, or
+      gs://BUCKET/NAME, for which `Run.folder` is a working copy on this machine.
     flags: every effective flag as the text a flag file holds; --run_dir is left out.
     versions: see `current_versions`. When a run goes on under other versions, versions.json
       keeps those it had before, newest first, under 'earlier'.
     free_flags: names of flags that do not affect results and may differ when a run is reopened.
 
+  Of several processes that are one run all open it, and process 0 alone holds the lock and writes.
+
   Raises:
-    InputError: the folder is in use, is not a run, or was started with other flags.
+    InputError: the folder is in use, is not a run, or was started with other flags; or processes
+      of the run have other flags or see another folder.
   """
-  folder = epath.Path(run_dir).expanduser()
-  if '://' in str(folder):
-    raise InputError(
-        'a run folder needs file locks and atomic renames, which an object store has not',
-        where=folder,
-        expected='a folder of a file system',
-        fix='Give a local or mounted --run_dir and copy it afterwards',
-    )
-  folder = epath.Path(os.path.abspath(folder))
   text = encode_flags(flags)
-  _check_is_run_or_empty(folder)
-  try:
-    os.makedirs(folder, exist_ok=True)
-    stack = contextlib.ExitStack()
-    stack.enter_context(hold_lock(folder / LOCK))
-  except OSError as error:
-    raise InputError(
-        f'the run folder cannot be written ({error.strerror})', where=folder
-    ) from error
-  with stack:
+  team = _team()
+  with contextlib.ExitStack() as stack:
+    folder = stack.enter_context(working_folder(run_dir))
+    if not team.writes:
+      _join(folder, team, text)
+      yield Run(folder, team)
+      return
+    _check_is_run_or_empty(folder)
+    try:
+      os.makedirs(folder, exist_ok=True)
+      stack.enter_context(hold_run(folder))
+    except OSError as error:
+      raise InputError(
+          f'the run folder cannot be written ({error.strerror})', where=folder
+      ) from error
     _check_is_run_or_empty(folder)   # again: another process may have filled it before the lock
     if (folder / FLAGS).exists() and _has_work(folder):
       _check_flags(folder, decode_flags(folder / FLAGS), flags, set(free_flags))
@@ -72,7 +76,59 @@ def open_run(
     if not ((folder / FLAGS).exists() and _has_work(folder)):
       # Last: this file is what makes the folder a run.
       durable.write_file(folder / FLAGS, text.encode())
-    yield Run(folder)
+    lock = folder / LOCK
+    team.tell([str(durable.shared(folder)), text, lock.read_text() if lock.exists() else None])
+    yield Run(folder, team)
+
+
+def _team() -> Team:
+  """The processes that this one is joined with."""
+  # Where nothing has imported what joins them there are none, and jax need not be imported.
+  hosts = sys.modules.get('jaxrl.parallel.hosts')
+  if hosts is None or hosts.alone():
+    return Team()
+  from jaxrl.parallel.mesh import on_own_device
+
+  return Team(hosts.is_writer(), hosts.broadcast, on_own_device)
+
+
+@contextlib.contextmanager
+def hold_run(folder: epath.Path) -> Iterator[None]:
+  """Holds the lock of a run; what its bucket has is then here, but for the weights of models.
+
+  Raises:
+    InputError: another process holds it.
+  """
+  lock = durable.shared(folder / LOCK)
+  if not objects.is_url(lock):
+    with hold_lock(lock):
+      yield
+    return
+  with hold_lease(os.fspath(lock)) as check:
+    durable.before_change(folder, check)
+    durable.refresh_small(folder)
+    yield
+
+
+@contextlib.contextmanager
+def read_run(run_dir: epath.PathLike) -> Iterator[epath.Path]:
+  """A run folder of this machine to look into, without its lock; of one on gs:// a copy."""
+  with working_folder(run_dir) as folder:
+    durable.refresh_small(folder)
+    yield folder
+
+
+def _join(folder: epath.Path, team: Team, text: str) -> None:
+  """Waits for the process that writes, and checks that it has these flags and this folder."""
+  theirs, flags, owner = team.tell(None)
+  ours = str(durable.shared(folder))
+  if (theirs, flags) != (ours, text):
+    pairs = zip([theirs, *flags.splitlines()], [ours, *text.splitlines()], strict=False)
+    expected, found = next(((a, b) for a, b in pairs if a != b), ('as many flags', 'others'))
+    raise InputError('the processes of the run were started with different flags', where=folder,
+                     expected=f'{expected}, as process 0', found=found)
+  if owner is not None:       # a bucket is the same for all
+    await_file(folder / LOCK, owner)
 
 
 def current_versions() -> dict[str, Any]:
@@ -146,7 +202,7 @@ def _check_is_run_or_empty(folder: epath.Path) -> None:
     return
   if not os.path.isdir(folder):
     raise InputError('this is not a folder', where=folder, fix='Give another --run_dir')
-  names = set(os.listdir(folder))
+  names = set(durable.names(folder))
   if FLAGS not in names and not names <= _BEFORE_FLAGS:
     raise InputError(
         'this folder has files in it, but is not a run',

@@ -6,20 +6,18 @@ import argparse
 import os
 import sys
 
-from etils import epath
-
 from jaxrl.errors import InputError
-from jaxrl.runs.lock import hold_lock
+from jaxrl.runs.folder import FLAGS, hold_run, read_run
 from jaxrl.runs.stages import Run
 
 
 def forget_stage(run_dir: str | os.PathLike[str], stage: str) -> tuple[str, ...]:
   """Forgets `stage` and those finished after it in a run that no process has open."""
-  folder = epath.Path(run_dir)
-  if not (folder / 'flags.flags').exists():
-    raise InputError('this is not a run folder', where=folder, expected='a file flags.flags in it')
-  with hold_lock(folder / 'lock'):
-    return Run(folder).forget(stage)
+  with read_run(run_dir) as folder:
+    if not (folder / FLAGS).exists():
+      raise InputError('this is not a run folder', where=folder, expected=f'a file {FLAGS} in it')
+    with hold_run(folder):
+      return Run(folder).forget(stage)
 
 
 def main(arguments: list[str] | None = None) -> int:

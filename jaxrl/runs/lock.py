@@ -9,7 +9,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from jaxrl.errors import InputError
 
@@ -46,7 +47,7 @@ def hold_lock(path: str | os.PathLike[str]) -> Iterator[None]:
             fix='Put the run folder on one that does',
         ) from error
       raise InputError(
-          f'the run folder is in use by {_describe(os.pread(descriptor, 4096, 0))}',
+          f'the run folder is in use by {_owner_in(os.pread(descriptor, 4096, 0))}',
           where=os.path.dirname(os.fspath(path)),
           fix='Wait for it to end, stop it, or give another --run_dir',
       ) from None
@@ -61,10 +62,14 @@ def hold_lock(path: str | os.PathLike[str]) -> Iterator[None]:
       os.close(descriptor)
 
 
-def _describe(content: bytes) -> str:
-  """The owner as a person reads it; it may not have written its name yet."""
+def describe_owner(owner: Mapping[str, Any]) -> str:
+  """The owner as a person reads it."""
+  return f'process {owner["pid"]} on host {owner["host"]}, started {owner["start"]}'
+
+
+def _owner_in(content: bytes) -> str:
+  """`describe_owner` of what a lock file holds; it may not have written its name yet."""
   try:
-    owner = json.loads(content)
-    return f'process {owner["pid"]} on host {owner["host"]}, started {owner["start"]}'
+    return describe_owner(json.loads(content))
   except (ValueError, KeyError, TypeError):
     return 'another process, which has just started'

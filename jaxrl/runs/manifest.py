@@ -61,6 +61,7 @@ def decode_entry(found: Any) -> Entry:
 def read_manifest(run_dir: str | os.PathLike[str]) -> dict[str, Entry]:
   """Finished stages by name, in the order they finished; {} before the first one."""
   path = os.path.join(run_dir, NAME)
+  durable.refresh(path)
   try:
     with open(path, 'rb') as file:
       content = file.read()

@@ -31,6 +31,7 @@ class MetricsLog:
     self._file: int | None = None
     self._events: _Events | None = None
     self._last: dict[tuple[int, str], int] = {}   # (iteration, stage) -> last step
+    durable.refresh(self._path)
     self._rewrite(lambda record: True)   # drops a half-written last line
     if self._last:
       self._open_events()
@@ -80,9 +81,19 @@ class MetricsLog:
   def sync(self) -> None:
     """Waits until the records are on the disk."""
     if self._file is not None:
-      os.fsync(self._file)
+      durable.sync_log(self._path, self._file)
 
   def close(self) -> None:
+    """Ends both; what is in a bucket is then there for those who only read."""
+    if self._file is not None:
+      self.sync()
+    had_events = self._events is not None
+    self._close_files()
+    durable.end_log(self._path)
+    if had_events:
+      durable.put_folder(os.path.join(os.path.dirname(self._path), 'events'))
+
+  def _close_files(self) -> None:
     if self._file is not None:
       os.close(self._file)
       self._file = None
@@ -121,7 +132,7 @@ class MetricsLog:
         self._last[record['iteration'], record['stage']] = record['step']
     if sum(map(len, kept)) < os.path.getsize(self._path):
       had_events = self._events is not None
-      self.close()
+      self._close_files()
       durable.write_file(self._path, b''.join(kept))
       if had_events:
         self._open_events()
@@ -186,6 +197,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   A half-written last line, as a kill or a running process leaves it, is left out. Raises
   InputError for a missing file and naming any other line that is not a record.
   """
+  durable.refresh(path)
   if not os.path.exists(path):
     raise InputError('there are no metrics', where=os.fspath(path))
   return [_decode_record(record) for _, record in _read_lines(os.fspath(path))]

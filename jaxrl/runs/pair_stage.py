@@ -21,12 +21,15 @@ def pair_stage(
 ) -> Mapping:
   """Writes `pairs.parquet` and one metrics record; returns counts.
 
+  Of several processes all call `build`, which may use the devices of all.
+
   Raises:
     InputError: no pair could be built: what it `needs`, the counts, and how to `fix` it.
   """
   name = f'iteration_{iteration:02d}/pairs'
 
-  def produce(scratch: epath.Path) -> Mapping:
+  def build_all(scratch: epath.Path) -> tuple[list[dict], Mapping[str, float]]:
+    del scratch
     joined = [
         sample | score for sample, score in zip(
             read_samples(session, iteration), read_scores(session, iteration), strict=True)
@@ -34,6 +37,12 @@ def pair_stage(
     with session.progress.stage(f'iteration {iteration}: pair', None, 'pairs') as bar:
       rows, counts = build(joined)
       bar.advance(len(rows))
+    return rows, counts
+
+  def produce(
+      scratch: epath.Path, built: tuple[list[dict], Mapping[str, float]]
+  ) -> Mapping:
+    rows, counts = built
     if not rows:
       raise InputError(
           'no preference pair could be built, so there is nothing to train on', where=name,
@@ -45,4 +54,4 @@ def pair_stage(
     session.record(iteration, 'pairs', counts)
     return counts
 
-  return session.run.stage(name, (f'{name}.parquet',), produce).counts
+  return session.run.stage(name, (f'{name}.parquet',), produce, together=build_all).counts

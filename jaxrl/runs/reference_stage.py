@@ -32,7 +32,8 @@ def reference_stage(
   """
   name = f'iteration_{iteration:02d}/reference'
 
-  def produce(scratch: epath.Path) -> dict:
+  def score(scratch: epath.Path) -> tuple[list[TokenRow], list[tuple], dict]:
+    del scratch
     rows = token_rows(read_pairs(session, iteration))
     keys = [(tuple(r.prompt_ids), tuple(r.response_ids)) for r in rows]
     unique = {key: row for key, row in zip(keys, rows, strict=True)}
@@ -42,7 +43,10 @@ def reference_stage(
           model.params, list(unique.values()), session.model, session.compute, mesh=session.mesh,
           lengths=lengths, batch_size=batch_size, pad_id=session.tokenizer.pad_id,
           on_rows=bar.advance)
-    logps = dict(zip(unique, scored, strict=True))
+    return rows, keys, dict(zip(unique, scored, strict=True))
+
+  def produce(scratch: epath.Path, found: tuple[list[TokenRow], list[tuple], dict]) -> dict:
+    rows, keys, logps = found
     out = [
         {'chosen_logps': logps[chosen].tolist(), 'rejected_logps': logps[rejected].tolist()}
         for chosen, rejected in zip(keys[::2], keys[1::2], strict=True)
@@ -50,11 +54,11 @@ def reference_stage(
     tables.write_table(
         scratch / 'reference.parquet', out, tables.REFERENCE,
         metadata={'identity': identity(model.identity, rows, session.compute)})
-    numbers = {'pairs': len(out), 'responses': len(unique)} | _gap(session, iteration, logps)
+    numbers = {'pairs': len(out), 'responses': len(logps)} | _gap(session, iteration, logps)
     session.record(iteration, 'reference', numbers)
     return numbers
 
-  return session.run.stage(name, (f'{name}.parquet',), produce).counts
+  return session.run.stage(name, (f'{name}.parquet',), produce, together=score).counts
 
 
 def _gap(session: Session, iteration: int, logps: Mapping) -> dict:

@@ -23,7 +23,7 @@ from jaxrl.errors import InputError
 from jaxrl.evaluation.statistics import paired_difference, proportion
 from jaxrl.rewards.voting import majority_vote
 from jaxrl.runs import durable, manifest, report_page, report_tables
-from jaxrl.runs.folder import FLAGS, VERSIONS, decode_flags
+from jaxrl.runs.folder import FLAGS, VERSIONS, decode_flags, read_run
 from jaxrl.runs.metrics import read_metrics
 from jaxrl.runs.report_tables import finite
 
@@ -295,9 +295,9 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--max_bytes', type=int, default=MAX_BYTES, help='bytes of text in the page')
   options = parser.parse_args(argv)
   try:
-    path = write_report(
-        options.run_dir, max_prompts=options.max_prompts, max_bytes=options.max_bytes
-    )
+    with read_run(options.run_dir) as folder:
+      path = durable.shared(write_report(
+          folder, max_prompts=options.max_prompts, max_bytes=options.max_bytes))
   except InputError as error:
     print(error, file=sys.stderr)
     return 2

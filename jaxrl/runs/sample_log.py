@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxrl.errors import InputError
-from jaxrl.runs.durable import naming_full_disk, sync
+from jaxrl.runs.durable import naming_full_disk, refresh, sync, sync_log, sync_seconds
 from jaxrl.runs.lock import hold_lock
 
 Path = str | os.PathLike[str]
 Draw = tuple[str, int | None]          # prompt_id and sample_index
 HEADER = 'header'
-SYNC_SECONDS = 1.0            # the disk is waited for that often
 
 
 class SampleLog:
@@ -47,6 +46,8 @@ class SampleLog:
   def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
     """Adds samples; they outlive this process when this returns, and the machine a second later.
 
+    In a working copy of a folder on gs:// that is `working_copy.LOG_SECONDS` later.
+
     `sample_index` is None in a row about the prompt as a whole. Floats are written with all digits,
     so that they are read back as they are; np.float32 of what is read gives a float32 back.
 
@@ -65,13 +66,12 @@ class SampleLog:
       lines.append(_encode(row, f'{self.path}, prompt {draw[0]!r}, draw {draw[1]}'))
     _write(self.path, self._descriptor, b''.join(lines))
     self._finished |= added
-    if time.monotonic() - self._synced >= SYNC_SECONDS:
+    if time.monotonic() - self._synced >= sync_seconds(self.path):
       self.sync()
 
   def sync(self) -> None:
     """Waits until all that was added is on the disk."""
-    with naming_full_disk(self.path):
-      os.fsync(self._descriptor)
+    sync_log(self.path, self._descriptor)
     self._synced = time.monotonic()
 
 
@@ -96,6 +96,7 @@ def open_log(
   name = os.fspath(path)
   with contextlib.ExitStack() as stack:
     stack.enter_context(_only_writer(name))
+    refresh(name)
     is_new = not os.path.exists(name)
     descriptor = os.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     stack.callback(os.close, descriptor)
@@ -129,6 +130,7 @@ def open_log(
 
 def read_header(path: Path) -> dict[str, Any]:
   """The header of a file; InputError where there is none."""
+  refresh(path)
   for _, line, _ in _numbered_lines(os.fspath(path)):
     header = _parse(line, f'{os.fspath(path)}, line 1').get(HEADER)
     if isinstance(header, dict):

@@ -38,7 +38,7 @@ def select_stage(
                      expected=f'at most the {loop.steps} steps of iteration {iteration}',
                      found=loop.save_every)
 
-  def produce(scratch: epath.Path) -> dict:
+  def search(scratch: epath.Path) -> None:
     def look(step: int, params: dict) -> bool:
       numbers = accuracy(params)
       session.metrics.rewind(iteration, 'select_dev', step - 1)
@@ -52,6 +52,8 @@ def select_stage(
     run_training(session, scratch, name, iteration, model, trainer, batches,
                  dataclasses.replace(loop, steps=loop.steps + 1),
                  expected_first_loss=expected_first_loss, stop=look, parks_optimizer=True)
+
+  def produce(scratch: epath.Path, _: None) -> dict:
     seen = {
         record['step']: record['greedy_accuracy']
         for record in read_metrics(session.run.folder / 'metrics.jsonl')
@@ -62,5 +64,5 @@ def select_stage(
     return {'best_step': best, 'dev_accuracy': seen[best]}
 
   counts = session.run.stage(
-      name, (f'iteration_{iteration:02d}/selection.json',), produce).counts
+      name, (f'iteration_{iteration:02d}/selection.json',), produce, together=search).counts
   return int(counts['best_step'])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from rich.console import Console
 
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
@@ -16,8 +18,10 @@ from jaxrl.models.frozen import load_frozen
 from jaxrl.models.hugging_face import load_params, read_config, save_model
 from jaxrl.models.identity import identity
 from jaxrl.models.params import count_params
+from jaxrl.parallel import hosts
 from jaxrl.runs.metrics import MetricsLog
 from jaxrl.runs.progress import Progress
+from jaxrl.runs.report import write_report
 from jaxrl.runs.stages import Run
 from jaxrl.sampling.requests import Request
 from jaxrl.tokens.prompts import EncodedPrompt
@@ -28,12 +32,46 @@ from jaxrl.training.logps import ComputePolicy
 SAMPLE_STREAM, VOTE_STREAM, PAIR_STREAM, TRAIN_STREAM, ADAPTER_STREAM, WRITE_STREAM = range(6)
 
 
+class NoMetrics:
+  """The log of a process that does not write: all have the same numbers, and one records them."""
+
+  def write(self, iteration: int, stage: str, step: int, values: Mapping[str, float]) -> None:
+    pass
+
+  def rewind(self, iteration: int, stage: str, step: int | None) -> None:
+    pass
+
+  def sync(self) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def open_metrics(run: Run) -> Iterator[MetricsLog | NoMetrics]:
+  """The log of the run's numbers, in the process that writes."""
+  if not run.writes:
+    yield NoMetrics()
+    return
+  with MetricsLog(run.folder / 'metrics.jsonl') as metrics:
+    yield metrics
+
+
+def open_progress() -> Progress:
+  """What a person sees, of several processes from one alone."""
+  return Progress(None if hosts.is_writer() else Console(quiet=True))
+
+
+def report(run: Run) -> None:
+  """Writes the page of all that is finished."""
+  if run.writes:
+    write_report(run.folder)
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
   """An open run; passed to every stage, changed by none."""
 
   run: Run
-  metrics: MetricsLog
+  metrics: MetricsLog | NoMetrics
   progress: Progress
   mesh: jax.sharding.Mesh
   model: ModelConfig
@@ -111,6 +149,20 @@ def load_reference(session: Session, folder: epath.Path, storage: str) -> Model:
 def write_model(session: Session, folder: epath.Path, params: dict, source: epath.Path) -> None:
   """A Hugging Face folder in float32, so that the next iteration starts from these very bits."""
   save_model(folder, params, session.model, tokenizer_from=source, dtype=jnp.float32)
+
+
+def clear(*folders: epath.Path) -> None:
+  """Removes what an attempt that was killed left there; all processes find it gone."""
+  for folder in folders:
+    if hosts.is_writer() and folder.exists():
+      folder.rmtree()
+  hosts.barrier('what was left is removed')
+
+
+def counts_of(scratch: epath.Path, counts: Mapping) -> Mapping:
+  """`produce` of a stage whose outputs all processes have written together."""
+  del scratch
+  return counts
 
 
 def sampling_requests(

@@ -29,7 +29,8 @@ def shift_stage(
   """
   name = f'iteration_{iteration:02d}/shift'
 
-  def produce(scratch: epath.Path) -> dict:
+  def measure(scratch: epath.Path) -> dict:
+    del scratch
     pairs = training_pairs(session, iteration, reference)
     rows = token_rows(read_pairs(session, iteration))
     before: dict[tuple, float] = {}
@@ -56,8 +57,11 @@ def shift_stage(
           f'{side}/after': float(np.mean([after[key] for key in keys])),
           f'{side}/change': change.value, f'{side}/change_low': change.low,
           f'{side}/change_high': change.high, f'{side}/responses': len(keys)}
+    return numbers
+
+  def produce(scratch: epath.Path, numbers: dict) -> dict:
     (scratch / 'shift.json').write_text(json.dumps(numbers, indent=1))
     session.record(iteration, 'shift', numbers)
     return numbers
 
-  return session.run.stage(name, (f'{name}.json',), produce).counts
+  return session.run.stage(name, (f'{name}.json',), produce, together=measure).counts

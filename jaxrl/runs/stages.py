@@ -1,8 +1,13 @@
-"""Stages of a run: produced in a scratch folder, published whole, skipped once finished."""
+"""Stages of a run: produced in a scratch folder, published whole, skipped once finished.
+
+Where several processes are one run, process 0 alone writes; all call the same stages in the same
+order and are told what it found and made.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -25,23 +30,48 @@ _SCRATCH = '.partial'
 # whole and on the disk, and a restart moves them into place instead of producing them again.
 _JOURNAL = '.finished.json'
 
-Produce = Callable[[epath.Path], Mapping[str, Any]]
+# Seconds within which a process sees what another one has written; network file systems keep what
+# they know of a folder for up to a minute.
+_SEEN_WITHIN = 90.0
+
+Produce = Callable[..., Mapping[str, Any]]
+Together = Callable[[epath.Path], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+  """The processes of a run: one writes, and tells the others."""
+
+  writes: bool = True         # this one does
+  tell: Callable[[Any], Any] = lambda value: value   # in all what the writer passed, a JSON value
+  # Around what one process does while the others wait: its programs must not take their devices.
+  by_itself: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 class Run:
   """An open run folder; `open_run` makes one and holds its lock."""
 
-  def __init__(self, folder: epath.Path):
+  def __init__(self, folder: epath.Path, team: Team | None = None):
     self.folder = folder
-    self._entries = manifest.read_manifest(folder)
+    self._team = team or Team()
     self._verified: set[str] = set()
+    entries = manifest.read_manifest(folder) if self._team.writes else {}
+    told = self._team.tell({name: manifest.encode_entry(e) for name, e in entries.items()})
+    self._entries = {name: manifest.decode_entry(entry) for name, entry in told.items()}
 
   @property
   def entries(self) -> dict[str, Entry]:
     """Finished stages by name, in the order they finished."""
     return dict(self._entries)
 
-  def stage(self, name: str, outputs: tuple[str, ...], produce: Produce) -> Entry:
+  @property
+  def writes(self) -> bool:
+    """Whether this process writes in the folder."""
+    return self._team.writes
+
+  def stage(
+      self, name: str, outputs: tuple[str, ...], produce: Produce, together: Together | None = None
+  ) -> Entry:
     """Runs one stage unless it is finished, publishes its outputs and returns its entry.
 
     Args:
@@ -51,31 +81,31 @@ class Run:
         path ('samples.parquet') and returns counts that JSON can hold. The folder is kept until
         the stage is published, so `produce` finds there what a killed attempt left: it goes on
         from it, and writes again what it did not write by an atomic rename. Whatever in it is no
-        output is removed when the stage is published.
+        output is removed when the stage is published. Of several processes only the one that
+        writes calls it.
+      together: what takes the devices of all processes. All call it with the scratch folder, before
+        `produce`, which is given what it returned as a second argument.
 
     Raises:
       InputError: for outputs outside the run folder or missing after `produce`, a full disk, a
         finished stage with other outputs.
     """
-    self._check_names(name, outputs)
     scratch = self.folder / f'{name}{_SCRATCH}'
-    entry = self._entries.get(name)
-    if entry is not None:
-      if tuple(output.path for output in entry.outputs) != outputs:
-        raise InputError(
-            f'stage {name} is finished with other outputs',
-            where=self.folder / manifest.NAME,
-            expected=', '.join(outputs),
-            found=', '.join(output.path for output in entry.outputs),
-            fix=self._redo(name),
-        )
-      durable.remove(scratch)   # a kill after the manifest was written leaves it
-      return entry
-    entry = self._recover(scratch, outputs)
+    entry = self._told(lambda: self._finished(name, scratch, outputs))
     if entry is None:
-      entry = self._produce(name, scratch, outputs, produce)
-    self._publish(name, scratch, entry)
+      start = time.monotonic()
+      with durable.naming_full_disk(scratch):
+        made = () if together is None else (together(scratch),)
+      entry = self._told(lambda: self._produce(name, scratch, outputs, produce, made, start))
+      assert entry is not None
+    self._entries[name] = entry
     return entry
+
+  def _told(self, find: Callable[[], Entry | None]) -> Entry | None:
+    """What the process that writes has found, in all of them."""
+    entry = find() if self._team.writes else None
+    encoded = self._team.tell(None if entry is None else manifest.encode_entry(entry))
+    return None if encoded is None else manifest.decode_entry(encoded)
 
   def path(self, stage: str, output: str) -> epath.Path:
     """Where an output of a finished stage is, after its content was checked (once per process).
@@ -100,7 +130,11 @@ class Run:
           expected='one of ' + ', '.join(recorded.path for recorded in entry.outputs),
       )
     if output not in self._verified:
-      self._verify(stage, recorded)
+      durable.refresh(self.folder / output)
+      if self._team.writes:
+        self._verify(stage, recorded)
+      else:
+        await_file(self.folder / output)
       self._verified.add(output)
     return self.folder / output
 
@@ -141,16 +175,38 @@ class Run:
     if len({output.rsplit('/', 1)[-1] for output in outputs}) < len(outputs):
       raise InputError(f'two outputs of stage {name} have one name: {outputs}', where=self.folder)
 
-  def _produce(
-      self, name: str, scratch: epath.Path, outputs: tuple[str, ...], produce: Produce
-  ) -> Entry:
-    """Writes outputs and journal in the scratch folder."""
+  def _finished(self, name: str, scratch: epath.Path, outputs: tuple[str, ...]) -> Entry | None:
+    """The entry of a finished stage; None where it is to be produced, in a folder that is there."""
+    self._check_names(name, outputs)
+    entry = self._entries.get(name)
+    if entry is not None:
+      if tuple(output.path for output in entry.outputs) != outputs:
+        raise InputError(
+            f'stage {name} is finished with other outputs',
+            where=self.folder / manifest.NAME,
+            expected=', '.join(outputs),
+            found=', '.join(output.path for output in entry.outputs),
+            fix=self._redo(name),
+        )
+      durable.remove(scratch)   # a kill after the manifest was written leaves it
+      return entry
+    entry = self._recover(scratch, outputs)
+    if entry is not None:
+      self._publish(name, scratch, entry)
+      return entry
     for output in outputs:   # left by a manifest that was deleted, or by `forget`
       durable.remove(self.folder / output)
     with durable.naming_full_disk(scratch):
       os.makedirs(scratch, exist_ok=True)
-      start = time.monotonic()
-      counts = dict(produce(scratch))
+    return None
+
+  def _produce(
+      self, name: str, scratch: epath.Path, outputs: tuple[str, ...], produce: Produce,
+      made: tuple[Any, ...], start: float,
+  ) -> Entry:
+    """Writes outputs and journal in the scratch folder, and publishes them."""
+    with durable.naming_full_disk(scratch), self._team.by_itself():
+      counts = dict(produce(scratch, *made))
       seconds = round(time.monotonic() - start, 3)
     json.dumps(counts, allow_nan=False)   # a count that JSON cannot hold fails before publishing
     described = []
@@ -163,6 +219,7 @@ class Run:
       described.append(manifest.describe(source, output))
     entry = Entry(tuple(described), seconds, counts)
     durable.write_file(scratch / _JOURNAL, json.dumps(manifest.encode_entry(entry)).encode())
+    self._publish(name, scratch, entry)
     return entry
 
   def _recover(self, scratch: epath.Path, outputs: tuple[str, ...]) -> Entry | None:
@@ -230,3 +287,23 @@ class Run:
         f'Put the original back, or run `{command}` and start the run again: '
         'this stage and those finished after it are then redone'
     )
+
+
+def await_file(path: epath.Path, content: str | None = None) -> None:
+  """Returns once this process sees what another one has written, by name or with this content.
+
+  Raises:
+    InputError: it does not in time.
+  """
+  deadline = time.monotonic() + _SEEN_WITHIN
+  while True:
+    durable.refresh(path)
+    if path.exists() and (content is None or path.read_text() == content):
+      return
+    if time.monotonic() > deadline:
+      raise InputError(
+          'this process does not see what another one of the run has written', where=path,
+          expected='a file system that all processes see',
+          found='another file' if path.exists() else 'no such file', fix='Give a --run_dir on one',
+      )
+    time.sleep(0.2)

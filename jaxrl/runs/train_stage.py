@@ -15,7 +15,15 @@ from jaxrl.models.flops import peak_tflops, train_flops, units_of
 from jaxrl.models.identity import identity
 from jaxrl.models.lora import adapter_shardings, attach, init_adapter, merge
 from jaxrl.models.peft_folder import write_adapter
-from jaxrl.runs.session import ADAPTER_STREAM, Model, Session, write_model
+from jaxrl.runs import durable
+from jaxrl.runs.session import (
+    ADAPTER_STREAM,
+    Model,
+    Session,
+    clear,
+    counts_of,
+    write_model,
+)
 from jaxrl.training.loop import LoopConfig, Step, train
 from jaxrl.training.objectives import Objective
 from jaxrl.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
@@ -128,20 +136,18 @@ def run_training(
     return train(
         state, batches, _checking_first(step_fn, expected_first_loss), config=loop,
         learning_rate=lambda step: float(schedule(step)), mesh=session.mesh,
-        checkpoints=scratch / 'checkpoint', on_log=on_log, on_resume=on_resume,
+        checkpoints=durable.shared(scratch) / 'checkpoint', on_log=on_log, on_resume=on_resume,
         on_step=bar.advance, stop=asked, parks_optimizer=parks_optimizer,
-        watch=_watch(session, trainer, batches), warn=session.progress.line)
+        watch=_watch(session, trainer), warn=session.progress.line)
 
 
-def _watch(session: Session, trainer: Trainer, batches: grain.MapDataset) -> Watch:
+def _watch(session: Session, trainer: Trainer) -> Watch:
   """What the log is to say of this training besides its metrics."""
   config = trainer.adapted or session.model
   peak = trainer.watch.peak_tflops or peak_tflops(session.mesh.devices.flat[0].device_kind)
   return dataclasses.replace(
       trainer.watch, peak_tflops=peak, devices=session.mesh.size, programs=session.programs,
-      flops_of=lambda k: train_flops(config, units_of(batches[k])).total(),
-      names_of=lambda k: [f'row {n} of the training data'
-                          for n in batches[k]['numbers'].reshape(-1)])
+      flops_of=lambda batch: train_flops(config, units_of(batch)).total())
 
 
 def train_stage(
@@ -155,7 +161,7 @@ def train_stage(
   """
   folder = name.rsplit('/', 1)[0]
 
-  def produce(scratch: epath.Path) -> dict:
+  def train_and_save(scratch: epath.Path) -> dict:
     state = run_training(
         session, scratch, name, iteration, model, trainer, batches, loop,
         expected_first_loss=expected_first_loss, stop=stop, parks_optimizer=parks_optimizer)
@@ -165,16 +171,16 @@ def train_stage(
     after = identity(params)
     if after == model.identity:
       raise RuntimeError(f'{name}: training did not change the parameters')
-    for partial in (scratch / 'model', scratch / 'adapter'):
-      if partial.exists():
-        partial.rmtree()
+    clear(scratch / 'model', scratch / 'adapter')
     write_model(session, scratch / 'model', params, model.folder)
     if trainer.adapted is not None:
       write_adapter(scratch / 'adapter', state.params, trainer.adapted)
     return {'steps': int(state.step), 'before': model.identity, 'after': after}
 
   outputs = ('model',) if trainer.adapted is None else ('model', 'adapter')
-  return session.run.stage(name, tuple(f'{folder}/{output}' for output in outputs), produce).counts
+  return session.run.stage(
+      name, tuple(f'{folder}/{output}' for output in outputs), counts_of,
+      together=train_and_save).counts
 
 
 class FirstLossError(RuntimeError):

@@ -50,12 +50,15 @@ def logps_stage(
   stage = f'iteration_01/{name}'
   expected = identity(model.identity, responses.rows, session.compute)
 
-  def produce(scratch: epath.Path) -> dict:
+  def score(scratch: epath.Path) -> list[np.ndarray]:
+    del scratch
     with session.progress.stage(name.replace('_', ' '), len(responses.rows), 'responses') as bar:
-      scored = score_rows(
+      return score_rows(
           model.params, responses.rows, session.model, session.compute, mesh=session.mesh,
           lengths=responses.lengths, batch_size=responses.batch_size,
           pad_id=session.tokenizer.pad_id, on_rows=bar.advance)
+
+  def produce(scratch: epath.Path, scored: list[np.ndarray]) -> dict:
     for prompt_id, logps in zip(responses.prompt_ids, scored, strict=True):
       if not np.isfinite(logps).all():
         raise InputError('a log-prob is not a finite number', where=f'{model.folder}, response '
@@ -68,7 +71,7 @@ def logps_stage(
         LOGPS, metadata={'identity': expected})
     return {'responses': len(scored), 'tokens': sum(map(len, scored)), 'model': model.identity}
 
-  session.run.stage(stage, (f'{stage}.parquet',), produce)
+  session.run.stage(stage, (f'{stage}.parquet',), produce, together=score)
   path = session.run.path(stage, f'{stage}.parquet')
   table = tables.read_table(path, LOGPS)
   found = (table.schema.metadata or {}).get(b'identity', b'none').decode()

@@ -101,7 +101,8 @@ def make_engine(
   """Builds the engine; nothing is compiled until the first `generate`.
 
   Args:
-    mesh: that of training; the engine uses the same devices as ('data', 'tensor').
+    mesh: that of training; the engine uses the same devices as ('data', 'tensor'), or those of
+      them that are this process's own.
     max_prompt: longest prompt in ids, the header included.
     header: ids that many prompts begin with (a few-shot header, a judge's instructions), computed
       and stored once per `generate`. A prompt that begins otherwise is computed whole.
@@ -119,7 +120,11 @@ def make_engine(
   mesh, header = rollout_mesh(mesh, config.tensor), tuple(header)
   _check_sizes(model, sampling, config, mesh, max_prompt, header)
   sizes = f'{config.slots} slots, as asked'
-  if config.slots is None:
+  if config.slots is not None:
+    config = dataclasses.replace(config, slots=config.slots // jax.process_count())
+  else:
+    if requests is not None:
+      requests = -(-requests // jax.process_count())
     choice = choose_slots(model, sampling, config, mesh, max_prompt=max_prompt, draws=draws,
                           requests=requests, held=held)
     config, sizes = dataclasses.replace(config, slots=choice.slots), choice.why
@@ -194,7 +199,7 @@ def _check_sizes(
     model: ModelConfig, sampling: SamplingConfig, config: EngineConfig, mesh: jax.sharding.Mesh,
     max_prompt: int, header: tuple[int, ...],
 ) -> None:
-  parts, tensor = mesh.shape['data'], mesh.shape['tensor']
+  parts, tensor = mesh.shape['data'] * jax.process_count(), mesh.shape['tensor']
   if config.slots is not None and (config.slots % parts or config.slots < 1):
     raise InputError('slots must divide evenly over the devices', where='--slots',
                      expected=f'a positive multiple of {parts}', found=config.slots)

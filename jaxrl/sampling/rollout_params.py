@@ -6,6 +6,7 @@ cast before it travels; there is no second copy in float32.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import Any
@@ -44,6 +45,9 @@ def rollout_params(
 ) -> Params:
   """`params` for an engine on `mesh`, which is `rollout_mesh` of the mesh that they lie on.
 
+  Where they are spread over several processes all have to call this; blocks then come whole to
+  every device of the mesh of training, and each process keeps what its own mesh wants of them.
+
   Weights stored as int8 stay so. An array that already is what is asked for is not copied. Beyond
   masters and copy a device holds no more than `2 * block_bytes` at any time, or twice the largest
   of what cannot be cut where that is more: one layer of a stack, an embedding or output matrix
@@ -71,16 +75,29 @@ def _moved(x: jax.Array | np.ndarray, to: NamedSharding, dtype, block_bytes: int
     # The same buffers where nothing is cast, so that all parameters are on one mesh.
     return jax.device_put(x if x.dtype == dtype else _cast(x, dtype), to)
   axis, size = _cut(x.shape, jnp.dtype(dtype).itemsize, held.spec, to.spec, block_bytes)
-  beside = _beside(held)      # may stand beside `to` in one program
+  # Blocks of `beside` may stand next to `to` in one program.
+  beside, mesh, spread = _beside(held), to.mesh, not x.is_fully_addressable
+  assert isinstance(mesh, Mesh)
+
+  def brought(bits):
+    return _own_copies(bits, beside, to) if spread else jax.device_put(bits, beside)
+
+  def on_target() -> contextlib.AbstractContextManager:
+    # Of several processes the mesh of training, if it is set, has devices that are not here.
+    return jax.set_mesh(mesh) if spread else contextlib.nullcontext()
+
   if size == x.shape[axis]:
-    made = _exchanged(jax.device_put(_as_bits(x, dtype), beside), dtype, to)
-    return jax.device_put(made, to)
-  made = _zeros(x.shape, dtype, to)
+    bits = brought(_as_bits(x, dtype))
+    with on_target():
+      return jax.device_put(_exchanged(bits, dtype, to), to)
+  with on_target():
+    made = _zeros(x.shape, dtype, to)
   for start in range(0, x.shape[axis], size):
     # The last block may reach back over the one before: slices and updates are clamped alike.
-    block = jax.device_put(_block(x, start, size, axis, dtype), beside)
-    # One at a time, however far the devices are behind.
-    made = jax.block_until_ready(_fill(made, block, start, axis, to))
+    block = brought(_block(x, start, size, axis, dtype))
+    with on_target():
+      # One at a time, however far the devices are behind.
+      made = jax.block_until_ready(_fill(made, block, start, axis, to))
     del block
   return jax.device_put(made, to)     # the same buffers, their layout spelled as asked
 
@@ -92,11 +109,24 @@ def _beside(held: NamedSharding) -> NamedSharding:
   return NamedSharding(mesh, held.spec)
 
 
+def _own_copies(bits: jax.Array, here: NamedSharding, to: NamedSharding) -> jax.Array:
+  """Bits that lie on devices of several processes, whole on every device of the mesh of `to`."""
+  whole = _whole(jax.device_put(bits, here), NamedSharding(here.mesh, PartitionSpec()))
+  return jax.make_array_from_single_device_arrays(
+      bits.shape, NamedSharding(to.mesh, PartitionSpec()),
+      [shard.data for shard in whole.addressable_shards])
+
+
 def _sharding_on(to: NamedSharding, x: jax.Array | np.ndarray) -> NamedSharding | None:
-  """The sharding of an array that lies on the devices of `to`, in the order of its mesh."""
+  """The sharding of an array that lies on the devices of `to`, in the order of its mesh.
+
+  Or of one that lies on those of other processes as well.
+  """
   held = x.sharding if isinstance(x, jax.Array) else None
   if not isinstance(held, NamedSharding):
     return None
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return held
   return held if (*held.mesh.devices.flat,) == (*to.mesh.devices.flat,) else None
 
 
@@ -129,6 +159,11 @@ def _zeros(shape, dtype, to):
 def _as_bits(x, dtype):
   bits = jnp.dtype(f'uint{8 * jnp.dtype(dtype).itemsize}')
   return jax.lax.bitcast_convert_type(x.astype(dtype), bits)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _whole(bits, place):
+  return jax.lax.with_sharding_constraint(bits, place)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

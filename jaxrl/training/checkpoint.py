@@ -4,6 +4,10 @@ While training goes on, Orbax writes the arrays to a temporary folder, every fil
 `files.json`, and the folder is renamed to `step_00000123`. A checkpoint whose files do not match is
 named and the one before it is used. With several processes each one writes its own shards to the
 same folder, and process 0 hashes and renames when all have done so.
+
+On gs:// nothing can be renamed: the objects of a step have their final names at once, and it counts
+when `files.json` is there, which is put last and deleted first. What is in it there are sizes and
+the generations that the bucket gives: no two contents of an object have the same.
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxrl import objects
 from jaxrl.errors import InputError
 from jaxrl.parallel import hosts
 from jaxrl.training.agreement import OtherFailed, Together
 
 State = TypeVar('State')
 
+_FILES = 'files.json'
 # A save: a folder made for it; then, in the background, shards written and arrays committed (both
 # Orbax's), and the folder published.
 PHASES = ('made', 'written', 'committed', 'published')
@@ -51,6 +57,8 @@ class Checkpoints:
       warn: Callable[[str], None] = print, seconds: float = 1800.0,
   ):
     self._folder = epath.Path(folder)
+    if _in_bucket(self._folder):
+      objects.check(folder)
     self._keep, self._keep_every = keep, keep_every
     self._warn, self._seconds = warn, seconds
     self._thread: threading.Thread | None = None
@@ -93,7 +101,9 @@ class Checkpoints:
             barrier_sync_fn=lambda *, key, timeout_ms: together.reach(_phase(key))))
     try:
       if hosts.is_writer():
-        _clear(self._partial(step))
+        _remove(self._partial(step))
+        if not _in_bucket(self._folder):
+          self._partial(step).mkdir(parents=True)
       together.reach('made')
       checkpointer.save(self._partial(step) / 'state', args=ocp.args.StandardSave(state))
     except BaseException as error:
@@ -139,11 +149,12 @@ class Checkpoints:
     return self._folder / f'step_{step:08d}'
 
   def _partial(self, step: int) -> epath.Path:
-    return self._folder / f'.step_{step:08d}.partial'
+    return self._target(step) if _in_bucket(self._folder) else (
+        self._folder / f'.step_{step:08d}.partial')
 
   def _newest_sound(self) -> int | None:
-    for left in self._folder.glob('.step_*.partial'):
-      left.rmtree()
+    for left in _unfinished(self._folder):
+      _remove(left)
     for checkpoint in reversed(checkpoints(self._folder)):
       wrong = damage(checkpoint)
       if not wrong:
@@ -171,31 +182,49 @@ class Checkpoints:
   def _publish(self, step: int, notes: dict) -> None:
     partial, target = self._partial(step), self._target(step)
     (partial / 'notes.json').write_text(json.dumps(notes))
-    (partial / 'files.json').write_text(json.dumps(_file_hashes(partial), indent=1))
-    if target.exists():
-      target.rmtree()
-    partial.rename(target)
+    (partial / _FILES).write_text(json.dumps(_fingerprints(partial), indent=1))
+    if partial != target:
+      _remove(target)
+      partial.rename(target)
     for old in checkpoints(self._folder)[:-self._keep]:
       if self._keep_every is None or _step(old) % self._keep_every:
-        old.rmtree()
+        _remove(old)
 
 
 def checkpoints(folder: epath.Path) -> list[epath.Path]:
   """Finished checkpoints, oldest first."""
+  if _in_bucket(folder):
+    return sorted(folder / step for step, names in _steps_in(folder).items() if _FILES in names)
   if not folder.exists():
     return []
   return sorted(path for path in folder.iterdir() if path.name.startswith('step_'))
 
 
+def _unfinished(folder: epath.Path) -> list[epath.Path]:
+  """What saves have left that were killed."""
+  if _in_bucket(folder):
+    return [folder / step for step, names in _steps_in(folder).items() if _FILES not in names]
+  return list(folder.glob('.step_*.partial'))
+
+
+def _steps_in(folder: epath.Path) -> dict[str, set[str]]:
+  """{folder of a step: names in it} of a folder on gs://."""
+  steps: dict[str, set[str]] = {}
+  for name in objects.stored(folder):
+    step, _, inner = name.partition('/')
+    steps.setdefault(step, set()).add(inner)
+  return steps
+
+
 def damage(checkpoint: epath.Path) -> str | None:
   """What is wrong with a checkpoint, in a phrase; None when every file is as it was written."""
   try:
-    expected = json.loads((checkpoint / 'files.json').read_text())
+    expected = json.loads((checkpoint / _FILES).read_text())
   except (OSError, ValueError):
     return 'files.json is missing or unreadable'
   if not isinstance(expected, dict):
     return 'files.json is not a table of hashes'
-  found = _file_hashes(checkpoint)
+  found = _fingerprints(checkpoint)
   changed = [name for name in sorted(expected | found) if expected.get(name) != found.get(name)]
   return f'{changed[0]} is missing or changed' if changed else None
 
@@ -204,22 +233,32 @@ def _step(checkpoint: epath.Path) -> int:
   return int(checkpoint.name.removeprefix('step_'))
 
 
-def _file_hashes(folder: epath.Path) -> dict[str, str]:
+def _fingerprints(folder: epath.Path) -> dict[str, str]:
+  """What tells one content from another, of every file but files.json."""
+  if _in_bucket(folder):
+    return {name: f'{size} bytes, generation {version}'
+            for name, (size, version) in sorted(objects.stored(folder).items()) if name != _FILES}
   hashes: dict[str, str] = {}
   for path in sorted(folder.iterdir()):
     if path.is_dir():
-      hashes |= {f'{path.name}/{name}': value for name, value in _file_hashes(path).items()}
-    elif path.name != 'files.json':
+      hashes |= {f'{path.name}/{name}': value for name, value in _fingerprints(path).items()}
+    elif path.name != _FILES:
       with path.open('rb') as file:
         hashes[path.name] = hashlib.file_digest(file, 'sha256').hexdigest()
   return hashes
 
 
-def _clear(partial: epath.Path) -> None:
-  """An empty folder, whatever a save that failed has left there."""
-  if partial.exists():
-    partial.rmtree()
-  partial.mkdir(parents=True)
+def _remove(folder: epath.Path) -> None:
+  """Removes a checkpoint, or what a save that failed has left; on gs:// it stops counting first."""
+  if _in_bucket(folder):
+    objects.delete(folder / _FILES)
+    objects.delete(folder)
+  elif folder.exists():
+    folder.rmtree()
+
+
+def _in_bucket(folder: epath.Path) -> bool:
+  return objects.is_url(folder)
 
 
 def _handler() -> ocp.StandardCheckpointHandler:
@@ -241,8 +280,11 @@ def _explained(error: BaseException, target: epath.Path) -> BaseException:
   """The error, or what the user can do about it where the system refused to write."""
   refused = isinstance(error, (OSError, OtherFailed)) and not isinstance(
       error, TimeoutError)
-  # The array writer reports what the system refused as ValueError, with the system's code in it.
-  if not refused and not (isinstance(error, ValueError) and 'os_error_code' in str(error)):
+  # The array writer reports what the system or the bucket refused as ValueError, with the code of
+  # that in it.
+  codes = ('os_error_code', 'http_response_code')
+  if not refused and not (
+      isinstance(error, ValueError) and any(code in str(error) for code in codes)):
     return error
   return InputError(
       'the checkpoint could not be written', where=os.fspath(target), found=error,

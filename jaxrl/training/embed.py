@@ -13,8 +13,9 @@ from jaxrl.data.batches import TokenRow
 from jaxrl.errors import InputError
 from jaxrl.models.config import ModelConfig
 from jaxrl.models.decoder import cast, forward
-from jaxrl.parallel.sharding import batch_sharding
+from jaxrl.models.gather import gather_place
 from jaxrl.training.logps import ComputePolicy
+from jaxrl.training.loop import put_batch
 from jaxrl.training.score import by_length
 
 
@@ -58,9 +59,9 @@ def embed_rows(
   fn = _compiled(c, policy)
   out = np.zeros((len(rows), c.d_model), np.float32)
   for group, filled in by_length(rows, batch_size):
-    ids, mask = (
-        jax.device_put(x, batch_sharding(mesh, 2)) for x in _arrays(filled, lengths, pad_id))
-    out[group] = np.asarray(fn(params, ids, mask))[:len(group)]
+    ids, mask = _arrays(filled, lengths, pad_id)
+    placed = put_batch({'ids': ids, 'mask': mask}, mesh)
+    out[group] = gather_place(fn(params, placed['ids'], placed['mask']), ())[:len(group)]
     on_rows(len(group))
   return out
 

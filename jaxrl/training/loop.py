@@ -105,9 +105,10 @@ def train(
     previous = None
     for step in range(start, config.steps):
       with logger.timed('batch'):
-        batch = put_batch(batches[step], mesh)
+        batch = batches[step]
+        placed = put_batch(batch, mesh)
       with logger.timed('dispatch'):
-        state, metrics = step_fn(state, batch, np.float32(learning_rate(step)))
+        state, metrics = step_fn(state, placed, np.float32(learning_rate(step)))
       if previous is not None:
         logger.add(*previous)
         on_step()
@@ -144,9 +145,8 @@ def _gathered(logger: StepLog) -> dict[str, Any]:
 
 
 def _go_on_gathering(logger: StepLog, notes: Mapping[str, Any]) -> None:
-  # What a log holds has left the device: numbers of numpy in place of arrays.
   logger.seen = [
-      {name: Mean(np.float32(total), np.float32(count))   # type: ignore[arg-type]
+      {name: Mean(np.asarray(total, np.float32), np.asarray(count, np.float32))
        for name, (total, count) in metrics.items()} for metrics in notes['steps']]
   logger.since = time.perf_counter() - notes['seconds']
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxrl.data.batches import TokenRow, sequence_arrays
 from jaxrl.models.config import ModelConfig
-from jaxrl.parallel.sharding import batch_sharding
+from jaxrl.models.gather import gather_place
 from jaxrl.training.logps import ComputePolicy, target_logps
+from jaxrl.training.loop import put_batch
 
 
 def score_rows(
@@ -31,6 +32,8 @@ def score_rows(
 ) -> list[np.ndarray]:
   """Per row the log-prob of each response id, float32, in the order of `rows`.
 
+  Where the mesh spans several processes all call this, and all are given all rows.
+
   Rows are sorted by length inside, so that a batch pads little. `lengths` are the padded lengths
   allowed, each one compiled program.
   """
@@ -38,9 +41,8 @@ def score_rows(
   out: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
   for group, filled in by_length(rows, batch_size):
     batch = sequence_arrays(filled, lengths, pad_id)
-    inputs, targets = (
-        jax.device_put(batch[key], batch_sharding(mesh, 2)) for key in ('inputs', 'targets'))
-    logps = np.asarray(fn(params, inputs, targets))
+    placed = put_batch({key: batch[key] for key in ('inputs', 'targets')}, mesh)
+    logps = gather_place(fn(params, placed['inputs'], placed['targets']), ())
     for row, n in enumerate(group):
       out[n] = logps[row][batch['mask'][row]]
     on_rows(len(group))

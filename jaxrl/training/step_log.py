@@ -33,8 +33,7 @@ class Watch:
   Attributes:
     on_nonfinite: 'stop' raises at the first such step, 'skip' goes on without it.
     max_skips: steps skipped in a row; one more raises. Only with 'skip'.
-    names_of: k -> names of the rows of batch k, for the sentence that names the bad ones.
-    flops_of: k -> (causal, full) model FLOPs of a step on batch k; see `models/flops.py`.
+    flops_of: batch -> (causal, full) model FLOPs of a step on it; see `models/flops.py`.
     peak_tflops: of one device, at the compute dtype; without it no utilisation is logged.
     devices: how many share the step.
     programs: how many programs this process has compiled.
@@ -42,8 +41,7 @@ class Watch:
 
   on_nonfinite: str = 'stop'
   max_skips: int = 3
-  names_of: Callable[[int], Sequence[str]] | None = None
-  flops_of: Callable[[int], tuple[float, float]] | None = None
+  flops_of: Callable[[Mapping[str, np.ndarray]], tuple[float, float]] | None = None
   peak_tflops: float | None = None
   devices: int = 1
   programs: Callable[[], int] | None = None
@@ -90,8 +88,10 @@ class StepLog:
     if what == 'dispatch':
       self._dispatched.append(now)
 
-  def add(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+  def add(self, step: int, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> None:
     """Waits for the metrics of `step` (counted from 1), and logs where a window ends.
+
+    `batch` is what the step was given, as the host has it; its `numbers` say which rows it holds.
 
     Raises:
       NonFiniteError: naming the step and the rows of its batch.
@@ -101,7 +101,7 @@ class StepLog:
     row_finite = metrics.pop('row_finite', None)
     in_a_row = int(metrics.pop('skipped_in_a_row').total)
     if metrics.pop('nonfinite').total > 0:
-      sentence = self._nonfinite(step, metrics, row_finite, batch['mask'].shape[0])
+      sentence = _nonfinite(step, metrics, row_finite, batch)
       if self.watch.on_nonfinite == 'stop':
         raise NonFiniteError(f'{sentence} Lower --learning_rate or inspect those rows.')
       if in_a_row > self.watch.max_skips:
@@ -111,8 +111,10 @@ class StepLog:
       self.warn(sentence)
       metrics = {name: metrics[name] for name in ('num_tokens', 'padding')}
     if self.watch.on_nonfinite == 'skip':
-      counted: Any = (np.float32(in_a_row > 0), np.float32(1))
-      metrics['skipped_steps'] = Mean(*counted)
+      metrics['skipped_steps'] = _one(float(in_a_row > 0))
+    if self.watch.flops_of is not None and self.watch.peak_tflops is not None:
+      causal, full = self.watch.flops_of(batch)
+      metrics |= {'perf/mfu_causal': _one(causal), 'perf/mfu_full': _one(full)}
     self.seen.append(metrics)
     if step % self.log_every and step != self.steps:
       return
@@ -139,11 +141,11 @@ class StepLog:
     numbers['perf/input_tokens_per_second'] = (positions - total('padding')) / seconds
     numbers |= {f'perf/{what}_seconds': spent / max(self._timed, 1)
                 for what, spent in sorted(self._spent.items())}
-    if self.watch.flops_of is not None and self.watch.peak_tflops is not None:
-      flops = [self.watch.flops_of(k) for k in range(step - len(self.seen), step)]
+    if self.watch.peak_tflops is not None:
       peak = self.watch.peak_tflops * 1e12 * self.watch.devices * seconds
-      numbers['perf/mfu_causal'] = sum(causal for causal, _ in flops) / peak
-      numbers['perf/mfu_full'] = sum(full for _, full in flops) / peak
+      for name in ('perf/mfu_causal', 'perf/mfu_full'):
+        if name in numbers:   # up to here its FLOPs
+          numbers[name] = total(name) / peak
     if self.watch.programs is not None:
       numbers['perf/compiled_programs'] = self.watch.programs()
     numbers['perf/peak_memory_bytes'] = peak_bytes()
@@ -157,22 +159,30 @@ class StepLog:
       self._timed += 1
     self._ready = ready
 
-  def _nonfinite(
-      self, step: int, metrics: Mapping[str, Mean], row_finite: np.ndarray | None, rows: int
-  ) -> str:
-    sentence = (
-        f'step {step}: the loss is {float(metrics["loss"].total)} and the gradient norm '
-        f'{float(metrics["grad_norm"].total)}; the step was not applied. '
-        f'Batch {step - 1} held {rows} rows')
-    if row_finite is None:
-      return f'{sentence}.'
-    bad = np.flatnonzero(~row_finite).tolist()
-    if not bad:
-      return f'{sentence}, each with a finite loss: it was the gradient that overflowed.'
-    names = None if self.watch.names_of is None else self.watch.names_of(step - 1)
-    named = [f'{n}' if names is None else f'{n} ({names[n]})' for n in bad[:_NAMED_ROWS]]
-    more = f' and {len(bad) - _NAMED_ROWS} more' if len(bad) > _NAMED_ROWS else ''
-    return f'{sentence}, of which the loss is not finite on: {", ".join(named)}{more}.'
+
+def _one(value: float) -> Mean:
+  """A number of a single step, for means over steps."""
+  return Mean(np.asarray(value, np.float32), np.ones((), np.float32))
+
+
+def _nonfinite(
+    step: int, metrics: Mapping[str, Mean], row_finite: np.ndarray | None,
+    batch: Mapping[str, np.ndarray],
+) -> str:
+  """What went wrong in a step, and on which rows of the data where the objective says so."""
+  numbers = batch['numbers'].reshape(-1)      # -1 where a packed row has room for more
+  sentence = (
+      f'step {step}: the loss is {float(metrics["loss"].total)} and the gradient norm '
+      f'{float(metrics["grad_norm"].total)}; the step was not applied. '
+      f'Batch {step - 1} held {int((numbers >= 0).sum())} rows')
+  if row_finite is None:
+    return f'{sentence}.'
+  bad = numbers[~row_finite].tolist()
+  if not bad:
+    return f'{sentence}, each with a finite loss: it was the gradient that overflowed.'
+  more = f' and {len(bad) - _NAMED_ROWS} more' if len(bad) > _NAMED_ROWS else ''
+  return (f'{sentence}, of which the loss is not finite on these of the data, counted from 0: '
+          f'{", ".join(map(str, bad[:_NAMED_ROWS]))}{more}.')
 
 
 def mean_metrics(seen: Sequence[Mapping[str, Mean]]) -> dict[str, float]:

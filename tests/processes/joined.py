@@ -28,6 +28,10 @@ def main(what, victim):
     me = jax.process_index()
     print('devices', jax.device_count(), 'sum', collective(), flush=True)
     print('told', hosts.broadcast({'from': me}), 'writer', hosts.is_writer(), flush=True)
+    long = hosts.broadcast(f'{me}' * 3_000_000)      # more than the store takes at once
+    gathered = hosts.gather([me, f'{me}' * (2_000_000 * me)], 'it')
+    print('long', {*long}, len(long), 'gathered', gathered and [
+        (process, {*text}, len(text)) for process, text in gathered], flush=True)
     hosts.barrier('all here', 30)
     if me == victim:
       {'collective': lambda: os.kill(os.getpid(), signal.SIGKILL),

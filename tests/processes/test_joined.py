@@ -16,8 +16,10 @@ def test_processes_meet_agree_and_end():
   assert run.status == 0, run.all
   for n in range(2):
     # Native code writes lines too, and into those of others.
-    said = [line for line in run.lines[n] if line.startswith(('devices', 'told', 'end'))]
-    assert said == ['devices 4 sum 6.0', f"told {{'from': 0}} writer {n == 0}", 'end']
+    said = [line for line in run.lines[n] if line.startswith(('devices', 'told', 'long', 'end'))]
+    gathered = None if n else [(0, set(), 0), (1, {'1'}, 2000000)]
+    assert said == ['devices 4 sum 6.0', f"told {{'from': 0}} writer {n == 0}",
+                    f"long {{'0'}} 3000000 gathered {gathered}", 'end']
 
 
 def test_a_process_killed_while_others_are_in_a_collective():

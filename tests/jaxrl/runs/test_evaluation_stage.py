@@ -29,8 +29,9 @@ def evaluate(monkeypatch, folder, problem, rule, responses):
   session = types.SimpleNamespace(
       progress=types.SimpleNamespace(stage=lambda *_: contextlib.nullcontext()),
       programs=lambda: 0, record=lambda *_: None,
-      run=types.SimpleNamespace(stage=lambda name, outputs, produce: types.SimpleNamespace(
-          counts=produce(folder))))
+      run=types.SimpleNamespace(
+          stage=lambda name, outputs, produce, together: types.SimpleNamespace(
+              counts=produce(folder, together(folder)))))
   asked = evaluation_stage.Evaluation(
       {problem.prompt_id: problem}, ['one'], rule, votes=len(responses), vote_temperature=1.0,
       vote_seed=0)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl.errors import InputError
-from jaxrl.runs import folder
+from jaxrl.parallel import hosts
+from jaxrl.runs import folder, stages
 from jaxrl.runs.folder import open_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -37,6 +38,27 @@ def test_flags_of_a_start_that_did_nothing_bind_nothing(tmp_path):
     run.stage('iteration_01/a', ('iteration_01/a.txt',), lambda scratch: {'x': 1 / 0})
   with pytest.raises(InputError, match="--train was 'right' and is now 'other'"):
     open_once(tmp_path / 'run', {'train': 'other'})
+
+
+@pytest.mark.parametrize(('where', 'flags', 'sentence'), [
+    ('run', {'lr': '0.2'}, '--lr=0.1, as process 0; found --lr=0.2'),
+    ('other', {'lr': '0.1'}, 'run, as process 0; found .*other'),
+    ('copy', {'lr': '0.1'}, 'lock: this process does not see what another one')])
+def test_processes_that_are_not_started_alike_are_refused(
+    tmp_path, monkeypatch, where, flags, sentence):
+  """The first has opened the folder; `copy` is one of that name on a disk of the other's own."""
+  said = []
+  monkeypatch.setattr(hosts, 'alone', lambda: False)
+  monkeypatch.setattr(hosts, 'broadcast', lambda value: said.append(value) or value)
+  open_once(tmp_path / 'run', {'lr': '0.1'})
+  if where == 'copy':
+    (tmp_path / 'run' / 'lock').write_text('')
+    where = 'run'
+  monkeypatch.setattr(hosts, 'is_writer', lambda: False)
+  monkeypatch.setattr(hosts, 'broadcast', lambda value: said.pop(0))
+  monkeypatch.setattr(stages, '_SEEN_WITHIN', 0.0)
+  with pytest.raises(InputError, match=sentence):
+    open_once(tmp_path / where, flags)
 
 
 def test_a_new_folder_holds_flags_versions_and_lock(tmp_path):
@@ -105,8 +127,6 @@ def test_folders_that_are_no_runs_are_refused_untouched(tmp_path):
   assert os.listdir(tmp_path) == ['thesis.tex']
   with pytest.raises(InputError, match='not a folder'):
     open_once(tmp_path / 'thesis.tex')
-  with pytest.raises(InputError, match='object store'):
-    open_once('gs://bucket/run')
   with pytest.raises(InputError, match='cannot be written'):
     open_once(tmp_path / 'thesis.tex' / 'run')
 

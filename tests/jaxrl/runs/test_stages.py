@@ -6,9 +6,10 @@ import os
 import subprocess
 
 import pytest
+from etils import epath
 
 from jaxrl.errors import InputError
-from jaxrl.runs import durable, manifest, tables
+from jaxrl.runs import durable, manifest, stages, tables
 from jaxrl.runs.folder import open_run
 from jaxrl.runs.forget import main as forget
 
@@ -45,6 +46,40 @@ def test_a_finished_stage_is_skipped_in_this_process_and_the_next(tmp_path):
   assert first.counts == {'steps': 3} and first.seconds >= 0
   assert [(output.path, output.bytes) for output in first.outputs] == [(TEXT, 5), (MODEL, 12)]
   assert sorted(os.listdir(tmp_path / 'iteration_01')) == ['log.txt', 'model']
+
+
+def test_of_several_processes_one_writes_and_the_others_are_told(tmp_path, monkeypatch):
+  said, called = [], []
+  made = {'process': 1}
+
+  def tell(value):
+    said.append(json.loads(json.dumps(value)))
+    return value
+
+  def write(scratch, made):
+    called.append('produce')
+    return produce(scratch) | made
+
+  def together(scratch):
+    called.append(scratch.name)
+    return made
+
+  run = stages.Run(epath.Path(tmp_path), stages.Team(True, tell))
+  first = run.stage(NAME, OUTPUTS, write, together)
+  assert run.stage(NAME, OUTPUTS, refuse, refuse) == first and first.counts['process'] == 1
+  assert called == ['train.partial', 'produce']
+
+  other = stages.Run(epath.Path(tmp_path), stages.Team(False, lambda value: said.pop(0)))
+  assert other.stage(NAME, OUTPUTS, refuse, together) == first
+  assert other.stage(NAME, OUTPUTS, refuse, refuse) == first
+  assert called == ['train.partial', 'produce', 'train.partial'] and not said
+  assert other.entries == {NAME: first} and not other.writes
+  (tmp_path / TEXT).write_text('changed')     # the one that writes sees to it
+  assert other.path(NAME, TEXT).read_text() == 'changed'
+  os.rename(tmp_path / MODEL, tmp_path / 'elsewhere')
+  monkeypatch.setattr(stages, '_SEEN_WITHIN', 0.0)
+  with pytest.raises(InputError, match='model: this process does not see what another one'):
+    other.path(NAME, MODEL)
 
 
 def test_the_manifest_counts_rows_of_tables_and_hashes_files(tmp_path):

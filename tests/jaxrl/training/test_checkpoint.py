@@ -129,7 +129,7 @@ def test_a_kill_while_writing_leaves_nothing_that_counts(folder):
 
 
 def test_a_full_disk_is_an_error_that_names_the_checkpoint(folder, monkeypatch):
-  monkeypatch.setattr(checkpoint, '_file_hashes', refuse)
+  monkeypatch.setattr(checkpoint, '_fingerprints', refuse)
   with pytest.raises(InputError, match='step_00000003: .*No space left on device'):
     save(folder, 3, state(3))
   monkeypatch.undo()
@@ -188,10 +188,10 @@ class Held:
       assert self.released.wait(60)
       return hashes(folder)
 
-    monkeypatch.setattr(checkpoint, '_file_hashes', wait)
+    monkeypatch.setattr(checkpoint, '_fingerprints', wait)
 
 
-FILE_HASHES = checkpoint._file_hashes
+FILE_HASHES = checkpoint._fingerprints
 
 
 def test_a_save_goes_on_behind_the_training(folder, monkeypatch):
@@ -230,7 +230,7 @@ def refuse(folder):
 
 @pytest.mark.parametrize('notice', ['save', 'wait', 'exit'])
 def test_what_went_wrong_behind_the_training_is_heard_next(folder, monkeypatch, notice):
-  monkeypatch.setattr(checkpoint, '_file_hashes', refuse)
+  monkeypatch.setattr(checkpoint, '_fingerprints', refuse)
   with pytest.raises(InputError, match='step_00000003: .*No space left on device'):
     with Checkpoints(folder) as writer:
       writer.save(3, state(3))
@@ -247,7 +247,7 @@ def test_what_went_wrong_behind_the_training_is_heard_next(folder, monkeypatch, 
 
 
 def test_a_failing_save_does_not_hide_why_the_training_ended(folder, monkeypatch):
-  monkeypatch.setattr(checkpoint, '_file_hashes', refuse)
+  monkeypatch.setattr(checkpoint, '_fingerprints', refuse)
   warnings = []
   with pytest.raises(KeyError, match='why'):
     with Checkpoints(folder, warn=warnings.append) as writer:
@@ -283,7 +283,7 @@ def save(folder, moment):
     for step in (1, 2, 3):
       writer.wait()
       if step == 3 and moment == 'hashing':
-        checkpoint._file_hashes = die
+        checkpoint._fingerprints = die
       if step == 3 and moment == 'removing':
         type(epath.Path(folder)).rmtree = die
       if step == 3 and moment in ('renaming', 'renamed'):
@@ -315,3 +315,55 @@ def test_a_process_that_dies_while_saving_leaves_sound_checkpoints(tmp_path):
     np.testing.assert_array_equal(found['w'], np.full((1000, 1000), expected, np.float32))
     save(tmp_path / moment, 3, found)
     assert steps(tmp_path / moment)[-1] == 3
+
+
+# On gs://, where nothing can be renamed.
+
+
+def test_the_newest_comes_back_from_a_bucket(bucket):
+  folder = f'{bucket.url}/run/checkpoint'
+  for step in (1, 2, 3):
+    save(folder, step, state(step))
+  assert steps(folder) == [2, 3]
+  assert not bucket.names('run/checkpoint/step_00000001')
+  (step, found), warnings = restore(folder)
+  assert step == 3 and not warnings
+  assert_same(found, state(3))
+  name = bucket.names('run/checkpoint/step_00000003/state/d/')[0]
+  bucket.objects[name] = bucket.content(name)[:-1] + b'?', 1
+  (step, found), (warning,) = restore(folder)
+  assert step == 2 and f'{folder}/step_00000003: the checkpoint is damaged (state/d/' in warning
+  assert_same(found, state(2))
+
+
+def test_a_save_to_a_bucket_that_is_cut_off_does_not_count(bucket):
+  """Whatever was put or deleted last: the newest that counts is whole."""
+  folder, snapshots = f'{bucket.url}/run/checkpoint', []
+  save(folder, 1, state(1))
+  bucket.after = lambda verb, name: snapshots.append((name, dict(bucket.objects)))
+  save(folder, 2, state(2), keep=1)
+  bucket.after = lambda verb, name: None
+  published = [name for name, _ in snapshots].index('run/checkpoint/step_00000002/files.json')
+  assert published > 5
+  for number in (0, published // 2, published - 1, published, published + 1, published + 2):
+    bucket.objects = dict(snapshots[number][1])
+    (step, found), warnings = restore(folder)
+    assert step == (1 if number < published else 2) and not warnings
+    assert_same(found, state(step))
+
+
+def test_a_step_is_saved_to_a_bucket_again(bucket):
+  folder = f'{bucket.url}/run/checkpoint'
+  save(folder, 1, state(1))
+  save(folder, 1, state(5))
+  assert_same(restore(folder)[0][1], state(5))
+
+
+def test_a_bucket_that_refuses_is_named(bucket):
+  folder = f'{bucket.url}/run/checkpoint'
+  save(folder, 1, state(1))
+  bucket.refuses = 'step_00000002/state'
+  with pytest.raises(InputError, match=f'{folder}/step_00000002: .*could not be written'):
+    save(folder, 2, state(2))
+  bucket.refuses = None
+  assert restore(folder)[0][0] == 1

@@ -269,7 +269,11 @@ def test_sigterm_while_the_run_is_looked_at_ends_the_look(whole, tmp_path, monke
 def test_a_step_that_only_sigterm_saved_is_not_looked_at(whole, tmp_path, monkeypatch):
   asked = []
   run = Terminating(tmp_path, kill=('batch', 2))
-  look = lambda step, state: asked.append(step)  # noqa: E731
+
+  def look(step, state):
+    asked.append(step)
+    return False
+
   terminated(run, monkeypatch, stop=look)
   assert_same_bits(run(monkeypatch, stop=look), run, whole)
   assert asked == [2, 4]
