@@ -78,10 +78,10 @@ def script(config: SlurmConfig) -> str:
   A task that fails by itself says so in a file. Without it srun only tells the largest status,
   which is that of the tasks that then lost it.
   """
+  cpus = None if config.cpus_per_gpu is None else config.cpus_per_gpu * config.gpus_per_node
   options: dict[str, object] = {
-      'job-name': config.name, 'nodes': config.nodes, 'ntasks-per-node': config.gpus_per_node,
-      # Each process sees all GPUs of its node; JAX gives it the one of its local number.
-      'gpus-per-node': config.gpus_per_node, 'cpus-per-task': config.cpus_per_gpu,
+      'job-name': config.name, 'nodes': config.nodes, 'ntasks-per-node': 1,
+      'gpus-per-node': config.gpus_per_node, 'cpus-per-task': cpus,
       'time': config.time, 'partition': config.partition, 'account': config.account,
       'qos': config.qos, 'output': config.log, 'open-mode': 'append',
       'signal': f'TERM@{config.save_before}' if config.time else None}
@@ -95,6 +95,8 @@ def script(config: SlurmConfig) -> str:
       f'ends={shlex.quote(f"{config.code}/{config.name}")}/$SLURM_JOB_ID',
       'failures=$ends.failures',
       f'export {COORDINATOR}=auto PYTHONUNBUFFERED=1',
+      # Under SLURM JAX would give a process the one GPU of its local number.
+      f'export JAX_LOCAL_DEVICE_IDS={",".join(map(str, range(config.gpus_per_node)))}',
       run,
       'status=$?',
       'if [ -s "$failures" ]; then',
@@ -194,9 +196,9 @@ _FINAL = ('BOOT_FAIL', 'CANCELLED', 'COMPLETED', 'DEADLINE', 'FAILED', 'NODE_FAI
 def define_flags() -> None:
   define_shipping_flags(poll=5.0)
   flags.DEFINE_integer('nodes', 1, 'Nodes of the job.', lower_bound=1)
-  flags.DEFINE_integer('gpus_per_node', 8, 'GPUs of each node, a process for each.', lower_bound=1,
+  flags.DEFINE_integer('gpus_per_node', 8, 'GPUs of each node, all of one process.', lower_bound=1,
                        upper_bound=16)
-  flags.DEFINE_integer('cpus_per_gpu', None, 'CPU cores of each process.', lower_bound=1)
+  flags.DEFINE_integer('cpus_per_gpu', None, 'CPU cores for each GPU.', lower_bound=1)
   flags.DEFINE_string('time', None, 'Limit of the job, as sbatch takes it: 24:00:00.')
   flags.DEFINE_integer('save_before', 300, 'Seconds before the limit to save and start again.',
                        lower_bound=1, upper_bound=65535)
@@ -247,7 +249,7 @@ def config_from_flags(command: Sequence[str]) -> SlurmConfig:
 def main(argv: Sequence[str]) -> None:
   config = config_from_flags(argv[1:])
   print(f'# {config.name}: {config.nodes} nodes of {config.gpus_per_node} GPUs, '
-        f'{config.nodes * config.gpus_per_node} processes\n'
+        f'{config.nodes} processes\n'
         f'# code: {config.source.name}; run folder: {config.run_dir}', flush=True)
   if FLAGS.dry_run:
     print(described(config))

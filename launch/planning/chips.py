@@ -84,6 +84,13 @@ class Topology:
     return self.slices * self.slice_chips
 
   @property
+  def process_chips(self) -> int:
+    """Chips of one process, which has those of its host or node."""
+    if not self.chip.dimensions:
+      return self.sides[1]
+    return self.slice_chips if self.slice_chips <= 16 // self.chip.dimensions else 4
+
+  @property
   def compiles(self) -> bool:
     """Whether programs are compiled for it; else it is planned by arithmetic alone."""
     return self.chip.dimensions > 0

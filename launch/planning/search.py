@@ -162,7 +162,17 @@ def _bandwidth(topology: Topology, reach: int) -> float:
 
 
 def rollout_tensors(c: ModelConfig, given: Given, topology: Topology) -> list[int]:
-  """Devices that may share a copy of the parameters while sampling, the fewest first."""
-  if given.rollout_tensor:
-    return [given.rollout_tensor]
-  return [n for n in _divisors(topology.slice_chips) if not c.n_kv % n and not c.d_mlp % n]
+  """Devices that may share a copy of the parameters while sampling, the fewest first.
+
+  Every process samples on its own devices.
+
+  Raises:
+    InputError: a given number that does not divide the devices of a process.
+  """
+  if not given.rollout_tensor:
+    return [n for n in _divisors(topology.process_chips) if not c.n_kv % n and not c.d_mlp % n]
+  if topology.process_chips % given.rollout_tensor:
+    raise InputError('every process samples on its own devices', where='--rollout_tensor',
+                     expected=f'a divisor of {topology.process_chips}, the chips of a process of '
+                              f'{topology.name}', found=given.rollout_tensor)
+  return [given.rollout_tensor]

@@ -148,6 +148,8 @@ def test_estimates_are_those_the_flags_leave_open():
       '--mesh=1,2,2', '--micro_batches=2', '--remat=nothing', '--score_batch=8']
   assert rollout_tensors(SMALL, given, topology) == [2]
   assert rollout_tensors(SMALL, OPEN, topology) == [1, 2]
+  with pytest.raises(InputError, match='--rollout_tensor: .* a divisor of 1, the chips of'):
+    rollout_tensors(SMALL, given, parse_topology('h100:8x1', 1))
   with pytest.raises(InputError, match='--mesh: .* found --mesh: 8 devices of 4'):
     estimates(setting(), dataclasses.replace(given, mesh=(1, 8, 1, 1)), topology)
 
@@ -178,3 +180,10 @@ def test_advice_names_what_would_fit():
   found = advice(s, OPEN, parse_topology('v6e:2x2', 1))
   assert found[0].startswith('--offload_optimizer')
   assert found[-1] == 'take v6e:2x4'
+
+
+@pytest.mark.parametrize(('name', 'chips'), [
+    ('v5e:2x4', 8), ('v5e:4x4', 4), ('v6e:2x2', 4), ('v5p:2x2x1', 4), ('v5p:4x4x4', 4),
+    ('h100:4x8', 8)])
+def test_a_process_has_the_chips_of_its_host(name, chips):
+  assert parse_topology(name, 1).process_chips == chips

@@ -46,9 +46,9 @@ def test_the_script_is_this():
                              account='me', qos='high', cpus_per_gpu=12)) == r'''#!/bin/bash
 #SBATCH --job-name=irpo
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=4
+#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
-#SBATCH --cpus-per-task=12
+#SBATCH --cpus-per-task=48
 #SBATCH --time=24:00:00
 #SBATCH --partition=gpu
 #SBATCH --account=me
@@ -62,6 +62,7 @@ cd /shared/code/irpo/aaaaaaaaaaaa || exit 1
 ends=/shared/code/irpo/$SLURM_JOB_ID
 failures=$ends.failures
 export JAXRL_COORDINATOR=auto PYTHONUNBUFFERED=1
+export JAX_LOCAL_DEVICE_IDS=0,1,2,3
 srun --kill-on-bad-exit=0 /env/bin/python launch/on_host.py --grace=300 '''\
 r'''--failures="$failures" -- '''\
 r'''/env/bin/python -m experiments.tiny --run_dir=/shared/run '--x=it'"'"'s $HOME'
