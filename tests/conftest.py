@@ -16,6 +16,8 @@ for _flag in _wanted:
   if _flag.split('=')[0] not in _flags:
     _flags = f'{_flags} {_flag}'.strip()
 os.environ['XLA_FLAGS'] = _flags
+# gcsfs reads this when it makes a file system, and would ask another service what a bucket is.
+os.environ['GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT'] = 'false'
 
 import jax  # reads the environment when it is imported
 import pytest
@@ -49,4 +51,6 @@ def bucket(monkeypatch):
     pytest.importorskip('gcsfs', reason='gcsfs is not installed: pip install jaxrl[gcs]')
     import fsspec
     monkeypatch.setitem(fsspec.config.conf.setdefault('gcs', {}), 'token', 'anon')
+    # Those of this thread may have been made for another address.
+    fsspec.get_filesystem_class('gcs').clear_instance_cache()
     yield served

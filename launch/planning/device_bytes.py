@@ -121,9 +121,12 @@ def train_bytes(setting: Setting, layout: Layout, rows: Rows) -> TrainBytes:
                    / 2 / (c.n_layers + 2))
   chunk = min(setting.compute.chunk, tokens)
   logits = 2 * 4 * chunk * c.vocab_size / layout.tensor
-  head = 2 * width * c.d_model * c.vocab_size / layout.tensor
+  head = 4 * width * c.d_model * c.vocab_size / layout.tensor     # with its gradient in float32
+  shards = layout.fsdp * layout.sequence
+  if shards > 1:    # which each hold their rows, and gather one block of columns at a time
+    head *= min(1 / shards + chunk / tokens, 1)
   again = 0 if layout.remat == 'all' else tokens * width * every
-  working = max(2 * layer + again, logits + 2 * head)
+  working = max(2 * layer + again, logits + head)
   return TrainBytes(
       parameters, 0 if setting.offloads else optimizer_bytes(setting, sizes), start,
       trained * (2 if layout.micro_batches > 1 else 1), math.ceil(saved), math.ceil(working))
