@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -151,10 +152,7 @@ def _files(where: str) -> Any:
   if not where.startswith(_SCHEME) or not where.removeprefix(_SCHEME).partition('/')[0]:
     raise InputError('this kind of path is not supported', where=where,
                      expected='a path of this machine, or gs://BUCKET/NAME')
-  try:
-    import gcsfs  # noqa: F401  fsspec would name it as one of several that would do
-  except ImportError as error:
+  if importlib.util.find_spec('gcsfs') is None:    # fsspec would name several that would do
     raise InputError('paths of a bucket need a package that is not installed', where=where,
-                     expected='gcsfs', found=str(error),
-                     fix="Install it: pip install 'jaxrl[gcs]'") from error
+                     expected='gcsfs', fix="Install it: pip install 'jaxrl[gcs]'")
   return fsspec.filesystem('gcs', finalize_on_close=True)    # the instance that epath makes

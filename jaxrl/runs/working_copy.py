@@ -21,6 +21,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from etils import epath
 
@@ -77,9 +78,10 @@ class WorkingCopy:
   def delete(self, name: str) -> None:
     """Deletes a file, a log, or a folder with all that is in it."""
     self.before_change()
-    for known in (self._logs, self._versions):
+    kept: tuple[dict[str, Any], ...] = (self._logs, self._versions)
+    for known in kept:
       for inner in [inner for inner in known if _is_in(name, inner)]:
-        del known[inner]     # type: ignore[attr-defined]
+        del known[inner]
     self._own = {inner for inner in self._own if not _is_in(name, inner)}
     objects.delete(self.url_of(name))
     objects.delete(self.url_of(name) + _PARTS)

@@ -100,17 +100,9 @@ def of_queries(
 
     @pl.when(member == MEMBERS)
     def copy():
-      plgpu.set_max_registers(24, action='decrease')
-
-      @pl.loop(0, steps)
-      def _(m):
-        slot = m % depth
-        keys = (row, pl.ds(first_key(entry_of(m), m), tile_k), head // group)
-        for x, tiles, ready, done in ((k, k_tiles, k_ready, k_done), (v, v_tiles, v_ready, v_done)):
-          hopper.wait_for_buffer(done, m, depth)
-          plgpu.copy_gmem_to_smem(x.at[keys], tiles.at[slot], ready.at[slot])
-
-      hopper.wait_for_last((k_done, v_done), steps, depth)
+      gpu_work.copy_tiles(
+          ((k, k_tiles, k_ready, k_done), (v, v_tiles, v_ready, v_done)), steps, depth,
+          lambda m: (row, pl.ds(first_key(entry_of(m), m), tile_k), head // group))
 
   ring, done = (plgpu.Barrier(num_barriers=depth),
                 plgpu.Barrier(num_arrivals=MEMBERS, num_barriers=depth))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import hopper, varying
@@ -106,6 +108,24 @@ def _where(index: jax.Array, bounds: list[jax.Array], x: jax.Array, hidden: floa
   prefix_start, prefix_end, start, end = bounds
   keep = ((index >= prefix_start) & (index < prefix_end)) | ((index >= start) & (index < end))
   return jnp.where(keep, x, hidden)
+
+
+def copy_tiles(
+    rings: Sequence[tuple[Any, ...]],     # (array, tiles, barriers of full ones, of empty ones)
+    steps: jax.Array,         # [] int32
+    depth: int,               # tiles of a ring
+    tile: Callable[[jax.Array], tuple[Any, ...]],    # which part of the arrays a step needs
+) -> None:
+  """What the warpgroup that copies does: each step's part into the next empty tile of each ring."""
+  plgpu.set_max_registers(24, action='decrease')
+
+  @pl.loop(0, steps)
+  def _(m):
+    for x, tiles, ready, done in rings:
+      hopper.wait_for_buffer(done, m, depth)
+      plgpu.copy_gmem_to_smem(x.at[tile(m)], tiles.at[m % depth], ready.at[m % depth])
+
+  hopper.wait_for_last(tuple(done for *_, done in rings), steps, depth)
 
 
 def run(kernel, arrays: tuple[jax.Array, ...], outputs, scratch, grid: dict[str, int]):

@@ -239,7 +239,7 @@ def test_a_bucket_that_refuses_is_named(bucket):
 
 def test_without_its_package_a_bucket_is_one_sentence(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
-  with pytest.raises(InputError, match=r"expected gcsfs; .* pip install 'jaxrl\[gcs\]'"):
+  with pytest.raises(InputError, match=r"expected gcsfs.* pip install 'jaxrl\[gcs\]'"):
     with open_run('gs://bucket/run', flags={}, versions={}):
       pass
 
